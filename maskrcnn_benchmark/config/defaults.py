@@ -1,0 +1,278 @@
+"""Every configuration key, its default, and one comment. Names and defaults are upstream maskrcnn-benchmark's
+where it has the key; keys of ours are marked (+)."""
+
+from yacs.config import CfgNode as CN
+
+_C = CN()
+
+# float32, float16 (with a gradient scaler) or bfloat16: the autocast type of the forward pass
+_C.DTYPE = "float32"
+# Where a run writes everything; created when missing
+_C.OUTPUT_DIR = "."
+# (+) Seed of initialisation, data order, augmentation and sampling
+_C.SEED = 0
+# (+) Only deterministic algorithms: torch raises where a device has none for an operator
+_C.DETERMINISTIC = False
+# Evaluate after every epoch (the MLPerf forks' key)
+_C.PER_EPOCH_EVAL = False
+# Write model_*.pth while training (the MLPerf forks' key); model_final.pth is always written
+_C.SAVE_CHECKPOINTS = True
+
+# ------------------------------------------------------------------------------------------------ model
+_C.MODEL = CN()
+# The only detector so far; Mask R-CNN and Faster R-CNN are both a GeneralizedRCNN
+_C.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+# auto, cpu, cuda, cuda:1, npu, mps, xpu or a plug-in's name; only auto may land on the CPU
+_C.MODEL.DEVICE = "auto"
+# Weights to start from: a file of ours or of a peer, or catalog://ImageNetPretrained/MSRA/R-50; empty: from scratch
+_C.MODEL.WEIGHT = ""
+# Predict instance masks (Mask R-CNN) or boxes alone (Faster R-CNN)
+_C.MODEL.MASK_ON = False
+# One box regression for all classes instead of one a class
+_C.MODEL.CLS_AGNOSTIC_BBOX_REG = False
+# Upstream's switches of other detectors; True is refused until they are built
+_C.MODEL.RPN_ONLY = False
+_C.MODEL.RETINANET_ON = False
+_C.MODEL.KEYPOINT_ON = False
+
+_C.MODEL.BACKBONE = CN()
+# R-{18,34,50,101,152}-{C4,FPN}
+_C.MODEL.BACKBONE.CONV_BODY = "R-50-C4"
+# How many stages from the stem on are frozen: 0 none, 2 the stem and res2
+_C.MODEL.BACKBONE.FREEZE_CONV_BODY_AT = 2
+
+_C.MODEL.RESNETS = CN()
+# More than 1: ResNeXt
+_C.MODEL.RESNETS.NUM_GROUPS = 1
+# Channels of a group in res2's 3x3 convolutions
+_C.MODEL.RESNETS.WIDTH_PER_GROUP = 64
+# Stride on the first 1x1 (MSRA's weights) or on the 3x3 (torchvision's)
+_C.MODEL.RESNETS.STRIDE_IN_1X1 = True
+# (+) FrozenBN, BN, SyncBN or GN; upstream says the same with TRANS_FUNC and STEM_FUNC
+_C.MODEL.RESNETS.NORM = "FrozenBN"
+# (+) Added to the variance of a frozen batch norm; upstream's published weights were trained with 0
+_C.MODEL.RESNETS.FROZEN_BN_EPS = 1e-5
+# Dilation of the 3x3 convolutions of res5
+_C.MODEL.RESNETS.RES5_DILATION = 1
+# Channels of every FPN level, or of C4
+_C.MODEL.RESNETS.BACKBONE_OUT_CHANNELS = 1024
+# Channels that leave res2; doubled by each later stage (R-18 and R-34: a quarter of it, 64 for 256)
+_C.MODEL.RESNETS.RES2_OUT_CHANNELS = 256
+_C.MODEL.RESNETS.STEM_OUT_CHANNELS = 64
+
+_C.MODEL.FPN = CN()
+# Group norm after each FPN convolution
+_C.MODEL.FPN.USE_GN = False
+# ReLU after each FPN convolution
+_C.MODEL.FPN.USE_RELU = False
+
+_C.MODEL.GROUP_NORM = CN()
+# Channels of a group, or -1 to use NUM_GROUPS
+_C.MODEL.GROUP_NORM.DIM_PER_GP = -1
+_C.MODEL.GROUP_NORM.NUM_GROUPS = 32
+_C.MODEL.GROUP_NORM.EPSILON = 1e-5
+
+_C.MODEL.RPN = CN()
+_C.MODEL.RPN.USE_FPN = False
+# Anchor sides in pixels of the resized image; with FPN one a level
+_C.MODEL.RPN.ANCHOR_SIZES = (32, 64, 128, 256, 512)
+# Stride of each level the RPN looks at
+_C.MODEL.RPN.ANCHOR_STRIDE = (16,)
+# Height : width
+_C.MODEL.RPN.ASPECT_RATIOS = (0.5, 1.0, 2.0)
+# (+) none: exact floats (detectron2). corners: rounded to whole pixels (torchvision)
+_C.MODEL.RPN.ANCHOR_ROUNDING = "none"
+# (+) grid: strides from ANCHOR_STRIDE. image: padded image side // map side (torchvision)
+_C.MODEL.RPN.ANCHOR_GRID = "grid"
+# Anchors further outside the image than this take no part in the loss; -1 keeps all
+_C.MODEL.RPN.STRADDLE_THRESH = 0
+_C.MODEL.RPN.FG_IOU_THRESHOLD = 0.7
+_C.MODEL.RPN.BG_IOU_THRESHOLD = 0.3
+# Anchors sampled for the loss, an image, and the most of them that may be positive
+_C.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 256
+_C.MODEL.RPN.POSITIVE_FRACTION = 0.5
+# Proposals kept before NMS; with FPN a level
+_C.MODEL.RPN.PRE_NMS_TOP_N_TRAIN = 12000
+_C.MODEL.RPN.PRE_NMS_TOP_N_TEST = 6000
+# Proposals kept after NMS; with FPN a level
+_C.MODEL.RPN.POST_NMS_TOP_N_TRAIN = 2000
+_C.MODEL.RPN.POST_NMS_TOP_N_TEST = 1000
+_C.MODEL.RPN.NMS_THRESH = 0.7
+# Proposals whose width or height is not above this are dropped
+_C.MODEL.RPN.MIN_SIZE = 0.0
+# With FPN: proposals kept over all levels
+_C.MODEL.RPN.FPN_POST_NMS_TOP_N_TRAIN = 2000
+_C.MODEL.RPN.FPN_POST_NMS_TOP_N_TEST = 2000
+# In training, FPN_POST_NMS_TOP_N_TRAIN counts the whole batch (as Detectron did) or each image
+_C.MODEL.RPN.FPN_POST_NMS_PER_BATCH = True
+# (+) Smooth L1's bend in the box loss; 0 is L1
+_C.MODEL.RPN.SMOOTH_L1_BETA = 1.0 / 9
+# (+) sampled: losses over the anchors sampled. batch: over BATCH_SIZE_PER_IMAGE x images (detectron2)
+_C.MODEL.RPN.LOSS_NORMALIZER = "sampled"
+# (+) Channels of the RPN's 3x3 convolution; 0 for as many as it reads
+_C.MODEL.RPN.CONV_DIM = 0
+
+_C.MODEL.ROI_HEADS = CN()
+_C.MODEL.ROI_HEADS.USE_FPN = False
+_C.MODEL.ROI_HEADS.FG_IOU_THRESHOLD = 0.5
+_C.MODEL.ROI_HEADS.BG_IOU_THRESHOLD = 0.5
+# Weights of dx, dy, dw, dh in the box coder
+_C.MODEL.ROI_HEADS.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+# Proposals sampled for the loss, an image, and the most of them that may be positive
+_C.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 512
+_C.MODEL.ROI_HEADS.POSITIVE_FRACTION = 0.25
+# Detections: least score, IoU for NMS within a class, most an image
+_C.MODEL.ROI_HEADS.SCORE_THRESH = 0.05
+_C.MODEL.ROI_HEADS.NMS = 0.5
+_C.MODEL.ROI_HEADS.DETECTIONS_PER_IMG = 100
+
+_C.MODEL.ROI_BOX_HEAD = CN()
+# ResNet50Conv5ROIFeatureExtractor (C4) or FPN2MLPFeatureExtractor
+_C.MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR = "ResNet50Conv5ROIFeatureExtractor"
+# FastRCNNPredictor (C4: average pool first) or FPNPredictor
+_C.MODEL.ROI_BOX_HEAD.PREDICTOR = "FastRCNNPredictor"
+_C.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 14
+# Samples a bin and axis; 0: ceil(RoI side / bins)
+_C.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO = 0
+# 1 / stride of each level
+_C.MODEL.ROI_BOX_HEAD.POOLER_SCALES = (1.0 / 16,)
+# (+) RoIAlign shifted by half a pixel (detectron2) or not, with sides of at least 1 (Detectron, torchvision)
+_C.MODEL.ROI_BOX_HEAD.POOLER_ALIGNED = True
+# Classes and the background
+_C.MODEL.ROI_BOX_HEAD.NUM_CLASSES = 81
+_C.MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM = 1024
+_C.MODEL.ROI_BOX_HEAD.USE_GN = False
+# (+) Smooth L1's bend in the box loss; 0 is L1
+_C.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1.0
+
+_C.MODEL.ROI_MASK_HEAD = CN()
+# ResNet50Conv5ROIFeatureExtractor (C4) or MaskRCNNFPNFeatureExtractor
+_C.MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR = "ResNet50Conv5ROIFeatureExtractor"
+_C.MODEL.ROI_MASK_HEAD.PREDICTOR = "MaskRCNNC4Predictor"
+_C.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 14
+_C.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO = 0
+_C.MODEL.ROI_MASK_HEAD.POOLER_SCALES = (1.0 / 16,)
+# (+) as for the box head
+_C.MODEL.ROI_MASK_HEAD.POOLER_ALIGNED = True
+# Channels of the 3x3 convolutions; the last also of the transposed convolution
+_C.MODEL.ROI_MASK_HEAD.CONV_LAYERS = (256, 256, 256, 256)
+# Side of the predicted mask: twice the extractor's output
+_C.MODEL.ROI_MASK_HEAD.RESOLUTION = 14
+# C4: the mask head reads the box head's features
+_C.MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR = True
+_C.MODEL.ROI_MASK_HEAD.USE_GN = False
+# Upstream's switch to paste masks in the model; results are always in image pixels here, so only the default is taken
+_C.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS = False
+# A pixel belongs to the object from this probability on
+_C.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD = 0.5
+# (+) Targets from bitmaps: unaligned RoIAlign's soft values (torchvision) or aligned and cut at .5 (detectron2)
+_C.MODEL.ROI_MASK_HEAD.SOFT_BITMAP_TARGETS = False
+
+# ------------------------------------------------------------------------------------------------- data
+_C.INPUT = CN()
+# Short side of training images; several: one drawn for each image
+_C.INPUT.MIN_SIZE_TRAIN = (800,)
+# (+) choice: one of MIN_SIZE_TRAIN. range: any whole number from the first to the second
+_C.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
+# Longest side allowed
+_C.INPUT.MAX_SIZE_TRAIN = 1333
+_C.INPUT.MIN_SIZE_TEST = 800
+_C.INPUT.MAX_SIZE_TEST = 1333
+# Mean and standard deviation, in the channel order and range that TO_BGR255 says
+_C.INPUT.PIXEL_MEAN = [102.9801, 115.9465, 122.7717]
+_C.INPUT.PIXEL_STD = [1.0, 1.0, 1.0]
+# The network reads BGR 0..255 (Caffe2's weights) or RGB 0..1 (torchvision's)
+_C.INPUT.TO_BGR255 = True
+_C.INPUT.HORIZONTAL_FLIP_PROB_TRAIN = 0.5
+# (+) Pad every batch to the smallest of these (height, width) that holds it, e.g. ((800, 1344), (1344, 800))
+_C.INPUT.FIXED_SHAPES = ()
+
+_C.DATASETS = CN()
+# Names in the catalogue (data/catalog.py)
+_C.DATASETS.TRAIN = ()
+_C.DATASETS.TEST = ()
+
+_C.DATA = CN()
+# (+) Directory in which the catalogue's data sets lie
+_C.DATA.PATH = ""
+
+_C.DATALOADER = CN()
+# Processes that read and transform images, a rank; 0: in the training process
+_C.DATALOADER.NUM_WORKERS = 4
+# Batches are padded to a multiple of this; FPN needs 32
+_C.DATALOADER.SIZE_DIVISIBILITY = 0
+# Portrait and landscape images in batches of their own: less padding
+_C.DATALOADER.ASPECT_RATIO_GROUPING = True
+# (+) Share of the training images without objects that is kept, 0..1
+_C.DATALOADER.EMPTY_IMAGE_RATIO = 1.0
+
+# ----------------------------------------------------------------------------------------------- solver
+_C.SOLVER = CN()
+_C.SOLVER.MAX_ITER = 40000
+# (+) When above 0 it replaces MAX_ITER, and STEPS count epochs
+_C.SOLVER.MAX_EPOCHS = 0
+# Images a step over all ranks
+_C.SOLVER.IMS_PER_BATCH = 16
+# (+) Backward passes a step: each takes IMS_PER_BATCH / ACCUMULATE_STEPS images
+_C.SOLVER.ACCUMULATE_STEPS = 1
+# (+) SGD, AdamW, or ApexFusedSGD (NVIDIA apex installed)
+_C.SOLVER.OPTIMIZER = "SGD"
+_C.SOLVER.BASE_LR = 0.001
+# (+) When above 0: BASE_LR, MAX_ITER, STEPS and WARMUP_ITERS were chosen for this many images a step, and are scaled
+# to IMS_PER_BATCH (linear rule, Goyal et al. 2017)
+_C.SOLVER.REFERENCE_IMS_PER_BATCH = 0
+# Learning rate of biases over BASE_LR
+_C.SOLVER.BIAS_LR_FACTOR = 2
+_C.SOLVER.MOMENTUM = 0.9
+_C.SOLVER.WEIGHT_DECAY = 0.0005
+_C.SOLVER.WEIGHT_DECAY_BIAS = 0
+# (+) multistep or cosine
+_C.SOLVER.LR_SCHEDULER = "multistep"
+# multistep: the rate is multiplied by GAMMA at each of STEPS
+_C.SOLVER.GAMMA = 0.1
+_C.SOLVER.STEPS = (30000,)
+_C.SOLVER.WARMUP_FACTOR = 1.0 / 3
+_C.SOLVER.WARMUP_ITERS = 500
+# linear or constant
+_C.SOLVER.WARMUP_METHOD = "linear"
+# (+) Gradients are scaled down to this norm; 0: never
+_C.SOLVER.CLIP_GRADIENTS_NORM = 0.0
+# Iterations from one checkpoint to the next
+_C.SOLVER.CHECKPOINT_PERIOD = 2500
+# (+) Numbered checkpoints kept on disk besides final and best; 0 keeps all
+_C.SOLVER.CHECKPOINTS_KEPT = 0
+# (+) Iterations from one evaluation to the next; 0: only at the end
+_C.SOLVER.EVAL_PERIOD = 0
+
+_C.MLPERF = CN()
+# Training stops at the first evaluation that reaches both; 0, 0: never
+_C.MLPERF.MIN_BBOX_MAP = 0.0
+_C.MLPERF.MIN_SEGM_MAP = 0.0
+
+# ------------------------------------------------------------------------------------------ test, logging
+_C.TEST = CN()
+# Images a step over all ranks
+_C.TEST.IMS_PER_BATCH = 8
+_C.TEST.DETECTIONS_PER_IMG = 100
+# (+) hotcoco (Rust, many times faster) or pycocotools (the reference)
+_C.TEST.EVALUATOR = "hotcoco"
+# e.g. [["bbox", "AP", [0.377, 0.003]], ...]: the run fails when a result is not within SIGMA_TOL x sigma of the mean
+_C.TEST.EXPECTED_RESULTS = []
+_C.TEST.EXPECTED_RESULTS_SIGMA_TOL = 4
+
+_C.LOGGING = CN()
+# (+) Iterations from one log line to the next; the only place where a step waits for the device
+_C.LOGGING.PERIOD = 20
+# (+) Steps left out of every speed figure
+_C.LOGGING.WARMUP_STEPS = 5
+# (+) Write events.out.tfevents.*
+_C.LOGGING.TENSORBOARD = True
+# (+) Every rank writes train_{rank}.log; the launchers turn it on
+_C.LOGGING.RANK_LOGS = False
+# (+) Pictures with detections drawn that an evaluation writes to predictions/
+_C.LOGGING.PREDICTION_IMAGES = 8
+
+
+def get_defaults() -> CN:
+    """A fresh, unfrozen copy of every key."""
+    return _C.clone()

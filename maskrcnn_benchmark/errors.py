@@ -1,0 +1,35 @@
+"""Errors that a person can act on. The tools print their message as one line on stderr and exit with 2."""
+
+
+class UserError(Exception):
+    """What was wrong, where (file, key, image id) and what to do, in one line."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A yaml file, a key or a value that cannot be used."""
+
+
+class DataError(UserError):
+    """A data set, an annotation or an image that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A weights file that is missing, damaged, or belongs to another model."""
+
+
+class DeviceError(UserError):
+    """A device or a kernel that was asked for and is not there."""
+
+
+class NonFiniteLossError(UserError):
+    """A loss became NaN or infinite; the message names the losses and the images."""
+
+    exit_code = 1
+
+
+class ResultError(UserError):
+    """The measured accuracy missed TEST.EXPECTED_RESULTS."""
+
+    exit_code = 1
