@@ -26,6 +26,8 @@ _C.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
 _C.MODEL.DEVICE = "auto"
 # Weights to start from: a file of ours or of a peer, or catalog://ImageNetPretrained/MSRA/R-50; empty: from scratch
 _C.MODEL.WEIGHT = ""
+# (+) Read a .pkl weights file (Detectron's, detectron2's): arrays alone, through an unpickler that knows nothing else
+_C.MODEL.ALLOW_PICKLE = False
 # Predict instance masks (Mask R-CNN) or boxes alone (Faster R-CNN)
 _C.MODEL.MASK_ON = False
 # One box regression for all classes instead of one a class
@@ -222,10 +224,10 @@ _C.SOLVER.BASE_LR = 0.001
 # to IMS_PER_BATCH (linear rule, Goyal et al. 2017)
 _C.SOLVER.REFERENCE_IMS_PER_BATCH = 0
 # Learning rate of biases over BASE_LR
-_C.SOLVER.BIAS_LR_FACTOR = 2
+_C.SOLVER.BIAS_LR_FACTOR = 2.0
 _C.SOLVER.MOMENTUM = 0.9
 _C.SOLVER.WEIGHT_DECAY = 0.0005
-_C.SOLVER.WEIGHT_DECAY_BIAS = 0
+_C.SOLVER.WEIGHT_DECAY_BIAS = 0.0
 # (+) multistep or cosine
 _C.SOLVER.LR_SCHEDULER = "multistep"
 # multistep: the rate is multiplied by GAMMA at each of STEPS
@@ -233,7 +235,7 @@ _C.SOLVER.GAMMA = 0.1
 _C.SOLVER.STEPS = (30000,)
 _C.SOLVER.WARMUP_FACTOR = 1.0 / 3
 _C.SOLVER.WARMUP_ITERS = 500
-# linear or constant
+# linear, constant, or mlperf_linear (WARMUP_FACTOR is then the step of the rate an iteration)
 _C.SOLVER.WARMUP_METHOD = "linear"
 # (+) Gradients are scaled down to this norm; 0: never
 _C.SOLVER.CLIP_GRADIENTS_NORM = 0.0
@@ -253,12 +255,11 @@ _C.MLPERF.MIN_SEGM_MAP = 0.0
 _C.TEST = CN()
 # Images a step over all ranks
 _C.TEST.IMS_PER_BATCH = 8
-_C.TEST.DETECTIONS_PER_IMG = 100
 # (+) hotcoco (Rust, many times faster) or pycocotools (the reference)
 _C.TEST.EVALUATOR = "hotcoco"
 # e.g. [["bbox", "AP", [0.377, 0.003]], ...]: the run fails when a result is not within SIGMA_TOL x sigma of the mean
 _C.TEST.EXPECTED_RESULTS = []
-_C.TEST.EXPECTED_RESULTS_SIGMA_TOL = 4
+_C.TEST.EXPECTED_RESULTS_SIGMA_TOL = 4.0
 
 _C.LOGGING = CN()
 # (+) Iterations from one log line to the next; the only place where a step waits for the device
@@ -269,6 +270,8 @@ _C.LOGGING.WARMUP_STEPS = 5
 _C.LOGGING.TENSORBOARD = True
 # (+) Every rank writes train_{rank}.log; the launchers turn it on
 _C.LOGGING.RANK_LOGS = False
+# (+) Name of the network in CaseName.log, which is written when this is set; the launchers set it
+_C.LOGGING.NETWORK = ""
 # (+) Pictures with detections drawn that an evaluation writes to predictions/
 _C.LOGGING.PREDICTION_IMAGES = 8
 

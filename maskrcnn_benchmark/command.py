@@ -1,0 +1,31 @@
+"""What every command-line tool does the same way: arguments, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from .errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose error is one line on stderr and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"{self.prog}: error: {message} (see --help)\n")
+        raise SystemExit(2)
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a tool's main function. A UserError becomes one line on stderr and its exit code; a defect of ours keeps
+    its traceback."""
+    try:
+        raise SystemExit(main())
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(130) from None

@@ -1,0 +1,149 @@
+"""get_config: defaults, then `_BASE_` files, then the file, then overrides; checked, frozen, never global."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from ast import literal_eval
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from ..errors import ConfigError
+from .checks import check
+from .defaults import get_defaults
+from .legacy import translate
+
+BASE_KEY = "_BASE_"
+
+
+def get_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> CfgNode:
+    """The resolved configuration.
+
+    Args:
+        file: a yaml file; its `_BASE_` (a path or a list of paths, relative to the file) is merged first.
+        overrides: `KEY VALUE KEY VALUE ...`, as on the command line.
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), wrong type, keys that contradict each other.
+    """
+    cfg = get_defaults()
+    if file is not None:
+        for source, values in _read(Path(file)):
+            merge(cfg, values, str(source))
+    return _finish(cfg, overrides)
+
+
+def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """The configuration that a checkpoint carries as yaml text."""
+    cfg = get_defaults()
+    merge(cfg, _parse(text, source), source)
+    return _finish(cfg, overrides)
+
+
+def merge(cfg: CfgNode, values: dict[str, Any], source: str) -> None:
+    """Write nested `values` into `cfg`; `source` names them in errors."""
+    for key, value in translate(dict(_flatten(values)), source).items():
+        _set(cfg, key, value, source)
+
+
+def _finish(cfg: CfgNode, overrides: Sequence[str]) -> CfgNode:
+    if len(overrides) % 2:
+        raise ConfigError(f"overrides come in pairs KEY VALUE, but {overrides[-1]!r} stands alone")
+    pairs = dict(zip(overrides[::2], overrides[1::2]))
+    for key, value in translate(pairs, "command line").items():
+        _set(cfg, key, value, "command line")
+    check(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict]]:
+    """The file's bases, depth first, then the file: each with its own values."""
+    path = path.resolve()
+    if path in above:
+        raise ConfigError(f"{path}: {BASE_KEY} runs in a circle: {' -> '.join(p.name for p in (*above, path))}")
+    try:
+        values = _parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        by = f" (named by {BASE_KEY} in {above[-1]})" if above else ""
+        raise ConfigError(f"cannot read config file {path}{by}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a UTF-8 text file") from error
+    bases = values.pop(BASE_KEY, [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        yield from _read(path.parent / Path(base).expanduser(), (*above, path))
+    yield path, values
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid yaml: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} holds a {type(values).__name__}; a config file is a mapping of keys to values")
+    return values
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
+    *path, name = key.split(".")
+    node = cfg
+    for part in path:
+        node = node.get(part) if isinstance(node, CfgNode) else None
+    if not isinstance(node, CfgNode) or name not in node:
+        known = [name for name, _ in _flatten(cfg)]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{source}: unknown key {key}; did you mean {near}?")
+    node[name] = _coerce(node[name], value, key, source)
+
+
+def _coerce(default: Any, value: Any, key: str, source: str) -> Any:
+    """`value` with the default's type. Text is read as a Python literal first: yaml knows no tuples, and reads
+    1e-3 as text."""
+    if isinstance(default, CfgNode):
+        raise ConfigError(f"{source}: {key} is a section, not a key")
+    if isinstance(value, str) and not isinstance(default, str):
+        try:
+            value = literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # reported below, as a value of the wrong type
+    if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)  # e.g. DATA.PATH 2017 on the command line
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
+        value = type(default)(value)
+    if type(value) is not type(default):
+        wanted = type(default).__name__
+        raise ConfigError(f"{source}: {key} must be a {wanted}, but {value!r} is a {type(value).__name__}")
+    return value
+
+
+def dump(cfg: CfgNode) -> str:
+    """The configuration as yaml text; parse_config reads it back."""
+    return yaml.safe_dump(_plain(cfg), allow_unicode=True, sort_keys=True, default_flow_style=None)
+
+
+def sha256(cfg: CfgNode) -> str:
+    """Of the configuration without the place it is written to: equal for runs that do the same."""
+    values = _plain(cfg)
+    del values["OUTPUT_DIR"]
+    return hashlib.sha256(yaml.safe_dump(values, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

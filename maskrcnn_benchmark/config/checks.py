@@ -1,0 +1,150 @@
+"""Keys that must agree with each other, and values that must be one of a few. One line a rule."""
+
+from __future__ import annotations
+
+import re
+
+from yacs.config import CfgNode
+
+from ..errors import ConfigError
+
+CHOICES = {
+    "DTYPE": ("float32", "float16", "bfloat16"),
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
+    "MODEL.RESNETS.NORM": ("FrozenBN", "BN", "SyncBN", "GN"),
+    "MODEL.RPN.ANCHOR_ROUNDING": ("none", "corners"),
+    "MODEL.RPN.ANCHOR_GRID": ("grid", "image"),
+    "MODEL.RPN.LOSS_NORMALIZER": ("sampled", "batch"),
+    "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR": ("ResNet50Conv5ROIFeatureExtractor", "FPN2MLPFeatureExtractor"),
+    "MODEL.ROI_BOX_HEAD.PREDICTOR": ("FastRCNNPredictor", "FPNPredictor"),
+    "MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR": ("ResNet50Conv5ROIFeatureExtractor", "MaskRCNNFPNFeatureExtractor"),
+    "MODEL.ROI_MASK_HEAD.PREDICTOR": ("MaskRCNNC4Predictor",),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "SOLVER.OPTIMIZER": ("SGD", "AdamW", "ApexFusedSGD"),
+    "SOLVER.LR_SCHEDULER": ("multistep", "cosine"),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant", "mlperf_linear"),
+    "TEST.EVALUATOR": ("hotcoco", "pycocotools"),
+}
+
+POSITIVE = (
+    "SOLVER.IMS_PER_BATCH",
+    "SOLVER.ACCUMULATE_STEPS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.IMS_PER_BATCH",
+    "LOGGING.PERIOD",
+    "INPUT.MAX_SIZE_TRAIN",
+    "INPUT.MIN_SIZE_TEST",
+    "INPUT.MAX_SIZE_TEST",
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+    "MODEL.ROI_HEADS.DETECTIONS_PER_IMG",
+)
+
+NOT_BUILT = ("MODEL.RPN_ONLY", "MODEL.RETINANET_ON", "MODEL.KEYPOINT_ON", "MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS")
+
+CONV_BODY = re.compile(r"R-(18|34|50|101|152)-(C4|FPN)")
+
+
+def get(cfg: CfgNode, key: str):
+    """The value of a dotted key."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def check(cfg: CfgNode) -> None:
+    """Raises ConfigError at the first rule that does not hold."""
+    for key, choices in CHOICES.items():
+        if get(cfg, key) not in choices:
+            raise ConfigError(f"{key} is {get(cfg, key)!r}; known are {', '.join(choices)}")
+    for key in POSITIVE:
+        if get(cfg, key) < 1:
+            raise ConfigError(f"{key} is {get(cfg, key)}; it must be at least 1")
+    for key in NOT_BUILT:
+        if get(cfg, key):
+            raise ConfigError(f"{key} is True, but this version builds Mask R-CNN and Faster R-CNN only; set it to False")
+    _check_model(cfg)
+    _check_solver(cfg)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _check_model(cfg: CfgNode) -> None:
+    model, rpn = cfg.MODEL, cfg.MODEL.RPN
+    body = model.BACKBONE.CONV_BODY
+    _require(
+        CONV_BODY.fullmatch(body) is not None,
+        f"MODEL.BACKBONE.CONV_BODY is {body!r}; known are R-18, R-34, R-50, R-101, R-152 followed by -C4 or -FPN",
+    )
+    fpn = body.endswith("FPN")
+    for key in ("MODEL.RPN.USE_FPN", "MODEL.ROI_HEADS.USE_FPN"):
+        _require(get(cfg, key) == fpn, f"{key} is {get(cfg, key)}, but MODEL.BACKBONE.CONV_BODY is {body}")
+    levels = 5 if fpn else 1
+    _require(
+        len(rpn.ANCHOR_STRIDE) == levels,
+        f"MODEL.RPN.ANCHOR_STRIDE has {len(rpn.ANCHOR_STRIDE)} strides, but {body} has {levels} levels",
+    )
+    _require(
+        not fpn or len(rpn.ANCHOR_SIZES) == levels,
+        f"MODEL.RPN.ANCHOR_SIZES has {len(rpn.ANCHOR_SIZES)} sizes; with FPN it needs one for each of {levels} levels",
+    )
+    scales = tuple(1 / stride for stride in (rpn.ANCHOR_STRIDE[:4] if fpn else rpn.ANCHOR_STRIDE))
+    extractors = {"ROI_BOX_HEAD": "FPN2MLPFeatureExtractor", "ROI_MASK_HEAD": "MaskRCNNFPNFeatureExtractor"}
+    for name in ("ROI_BOX_HEAD", "ROI_MASK_HEAD") if model.MASK_ON else ("ROI_BOX_HEAD",):
+        head, key = model[name], f"MODEL.{name}"
+        _require(
+            tuple(head.POOLER_SCALES) == scales,
+            f"{key}.POOLER_SCALES is {tuple(head.POOLER_SCALES)}, but the strides of {body} make it {scales}",
+        )
+        _require(
+            (head.FEATURE_EXTRACTOR == extractors[name]) == fpn,
+            f"{key}.FEATURE_EXTRACTOR is {head.FEATURE_EXTRACTOR}, which does not go with {body}",
+        )
+    if fpn:
+        _require(
+            cfg.DATALOADER.SIZE_DIVISIBILITY % 32 == 0 and cfg.DATALOADER.SIZE_DIVISIBILITY > 0,
+            f"DATALOADER.SIZE_DIVISIBILITY is {cfg.DATALOADER.SIZE_DIVISIBILITY}; FPN needs a multiple of 32",
+        )
+    if model.MASK_ON:
+        _check_mask_head(cfg, fpn)
+    _require(0 <= model.BACKBONE.FREEZE_CONV_BODY_AT <= 5, "MODEL.BACKBONE.FREEZE_CONV_BODY_AT must be 0..5")
+    _require(rpn.BG_IOU_THRESHOLD <= rpn.FG_IOU_THRESHOLD, "MODEL.RPN.BG_IOU_THRESHOLD is above FG_IOU_THRESHOLD")
+    heads = model.ROI_HEADS
+    _require(
+        heads.BG_IOU_THRESHOLD <= heads.FG_IOU_THRESHOLD, "MODEL.ROI_HEADS.BG_IOU_THRESHOLD is above FG_IOU_THRESHOLD"
+    )
+
+
+def _check_mask_head(cfg: CfgNode, fpn: bool) -> None:
+    head = cfg.MODEL.ROI_MASK_HEAD
+    _require(
+        head.SHARE_BOX_FEATURE_EXTRACTOR != fpn,
+        f"MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR is {head.SHARE_BOX_FEATURE_EXTRACTOR}; it must be "
+        f"{not fpn} with {cfg.MODEL.BACKBONE.CONV_BODY}",
+    )
+    resolution = head.POOLER_RESOLUTION * 2 if fpn else head.POOLER_RESOLUTION
+    _require(
+        head.RESOLUTION == resolution,
+        f"MODEL.ROI_MASK_HEAD.RESOLUTION is {head.RESOLUTION}, but POOLER_RESOLUTION {head.POOLER_RESOLUTION} makes "
+        f"it {resolution}",
+    )
+
+
+def _check_solver(cfg: CfgNode) -> None:
+    solver, size = cfg.SOLVER, cfg.INPUT.MIN_SIZE_TRAIN
+    _require(list(solver.STEPS) == sorted(solver.STEPS), f"SOLVER.STEPS {tuple(solver.STEPS)} must rise")
+    _require(
+        solver.MAX_ITER > 0 or solver.MAX_EPOCHS > 0, "SOLVER.MAX_ITER and SOLVER.MAX_EPOCHS are both 0: nothing to train"
+    )
+    _require(
+        solver.IMS_PER_BATCH % solver.ACCUMULATE_STEPS == 0,
+        f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not divisible by SOLVER.ACCUMULATE_STEPS {solver.ACCUMULATE_STEPS}",
+    )
+    _require(len(size) > 0 and min(size) > 0, f"INPUT.MIN_SIZE_TRAIN is {tuple(size)}; it needs at least one size")
+    _require(
+        cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "choice" or len(size) == 2,
+        f"INPUT.MIN_SIZE_TRAIN_SAMPLING is range, so MIN_SIZE_TRAIN must be (least, most), not {tuple(size)}",
+    )

@@ -1,0 +1,46 @@
+"""Names that upstream maskrcnn-benchmark yamls and their MLPerf and Ascend forks use -> our keys."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ..errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+RENAMED = {
+    "MODEL.BACKBONE.OUT_CHANNELS": "MODEL.RESNETS.BACKBONE_OUT_CHANNELS",
+    "SAVE_CHECKPOINT": "SAVE_CHECKPOINTS",
+    "INPUT.FLIP_PROB_TRAIN": "INPUT.HORIZONTAL_FLIP_PROB_TRAIN",
+}
+
+NORMS = {"FixedBatchNorm": "FrozenBN", "BatchNorm": "BN", "SyncBatchNorm": "SyncBN", "GN": "GN"}
+
+# Upstream's keys whose work is done elsewhere here.
+WITHOUT_EFFECT = {
+    "PATHS_CATALOG": "data sets are named in data/catalog.py and found under DATA.PATH",
+    "AMP_VERBOSE": "mixed precision is torch.autocast, which has nothing to tell",
+    "TEST.DETECTIONS_PER_IMG": "the limit is MODEL.ROI_HEADS.DETECTIONS_PER_IMG",
+}
+
+
+def translate(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Flat `{dotted key: value}` with upstream's names replaced by ours; what we have no name for passes through."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in WITHOUT_EFFECT:
+            logger.warning("%s: %s has no effect: %s", source, key, WITHOUT_EFFECT[key])
+        elif key in ("MODEL.RESNETS.TRANS_FUNC", "MODEL.RESNETS.STEM_FUNC"):
+            result["MODEL.RESNETS.NORM"] = _norm(key, value, source)
+        else:
+            result[RENAMED.get(key, key)] = value
+    return result
+
+
+def _norm(key: str, value: str, source: str) -> str:
+    name = str(value).split("With")[-1]
+    if name not in NORMS:
+        known = ", ".join(f"...With{n}" for n in NORMS)
+        raise ConfigError(f"{source}: {key} is {value!r}; known are {known}")
+    return NORMS[name]

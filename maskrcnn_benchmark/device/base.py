@@ -1,0 +1,77 @@
+"""Device: all that the package may ask of an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+
+from ..errors import DeviceError
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device and its habits. The defaults suit any accelerator that torch knows by a device module.
+
+    torch_device: with an index where the type has several.
+    dist_backend: torch.distributed's backend for tensors on it.
+    autocast_dtypes: low-precision types that torch.autocast takes on it, besides float32.
+    grad_scaler: float16 training needs, and has, a gradient scaler.
+    pinned_memory: copies from pinned host memory run beside the computation.
+    channels_last: convolutions are faster with the channels innermost.
+    compacts: padded rows are dropped before the heads (see structures.flatten_valid): right where reading a size
+        from the device costs nothing, wrong where it stalls a queue.
+    fused_optimizer: torch.optim's `fused=True` works on it.
+    optimizers: optimizers of the device's own, by SOLVER.OPTIMIZER's name; they replace torch's.
+    """
+
+    torch_device: torch.device
+    dist_backend: str = "gloo"
+    autocast_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    grad_scaler: bool = True
+    pinned_memory: bool = False
+    channels_last: bool = False
+    compacts: bool = False
+    fused_optimizer: bool = False
+    optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = field(default_factory=dict)
+
+    @property
+    def type(self) -> str:
+        return self.torch_device.type
+
+    @property
+    def module(self) -> ModuleType:
+        """torch's module for this device type, with the names of the accelerator interface."""
+        return torch.get_device_module(self.torch_device)
+
+    @property
+    def name(self) -> str:
+        """The hardware's own name."""
+        describe = getattr(self.module, "get_device_name", None)
+        return describe(self.torch_device) if describe else self.type
+
+    def activate(self) -> None:
+        """Make it this process's current device."""
+        if self.torch_device.index is not None:
+            torch.accelerator.set_device_index(self.torch_device.index)
+
+    def synchronize(self) -> None:
+        """Wait until all work queued on the device is done."""
+        self.module.synchronize()
+
+    def max_memory_mb(self) -> float:
+        """The most memory allocated on the device so far, in MB (2^20 bytes); 0 where the device does not tell."""
+        peak = getattr(self.module, "max_memory_allocated", None)
+        return peak() / 2**20 if peak else 0.0
+
+    def autocast(self, dtype: torch.dtype) -> AbstractContextManager:
+        """torch.autocast in `dtype`; nothing for float32."""
+        if dtype == torch.float32:
+            return nullcontext()
+        if dtype not in self.autocast_dtypes:
+            known = ", ".join(str(d).removeprefix("torch.") for d in self.autocast_dtypes)
+            raise DeviceError(f"DTYPE {str(dtype).removeprefix('torch.')} is not for device {self.type}; it takes {known}")
+        return torch.autocast(self.type, dtype=dtype)

@@ -1,0 +1,87 @@
+"""Ranks: one process a device, started by torchrun. Everything works alike on one rank without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..device import Device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+@contextmanager
+def process_group(device: Device) -> Iterator[None]:
+    """Joins the other ranks that torchrun started; leaves them at the end. Alone, it does nothing."""
+    device.activate()
+    if "RANK" not in os.environ:
+        yield
+        return
+    dist.init_process_group(device.dist_backend)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any] | None:
+    """Every rank's (picklable) value, by rank, on the main rank; None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """The main rank's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def first_message(message: str | None) -> str | None:
+    """The message of the lowest rank that has one, on every rank: how ranks decide together to stop."""
+    if not dist.is_initialized():
+        return message
+    messages: list[str | None] = [None] * world_size()
+    dist.all_gather_object(messages, message)
+    return next((m for m in messages if m is not None), None)
+
+
+def seed_step(seed: int, iteration: int) -> None:
+    """Seeds this rank's generators for one step, from (seed, iteration, rank) alone: a resumed run draws what the
+    uninterrupted one would have drawn, and there is no generator state to save."""
+    mixed = (seed * 1_000_003 + iteration) * 1_009 + rank()
+    torch.manual_seed(mixed % 2**63)

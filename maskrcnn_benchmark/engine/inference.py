@@ -1,0 +1,85 @@
+"""Run a model over a data set, sharded over ranks, and score the results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from ..data.catalog import build_dataset, check_num_classes
+from ..data.coco import CocoDataset
+from ..data.loader import test_loader
+from ..device import Device
+from ..errors import DataError
+from ..evaluation.coco import detections_to_coco, evaluate
+from ..report.console import progress
+from . import distributed
+from .checkpoint import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def infer(cfg: CfgNode, device: Device, model: nn.Module, dataset: CocoDataset) -> list[dict[str, Any]] | None:
+    """COCO results of every image of the data set, each image once, on the main rank; None on the others.
+
+    Detections become COCO results, and masks RLE, batch by batch: memory does not grow with the masks.
+    """
+    was_training = model.training
+    model.eval()
+    loader = test_loader(cfg, dataset, device, distributed.rank(), distributed.world_size())
+    threshold = cfg.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD
+    results, seen = [], []
+    for images, _ in progress(loader, len(loader), "inference"):
+        with device.autocast(getattr(torch, cfg.DTYPE)):
+            detections = model(images)
+        results += detections_to_coco(detections.to("cpu"), images, dataset.category_ids, threshold)
+        seen += images.image_ids
+    model.train(was_training)
+    shards = distributed.gather((results, seen))
+    if shards is None:
+        return None
+    every = sorted(image for _, shard in shards for image in shard)
+    if every != sorted(dataset.image_ids):
+        raise DataError(f"{dataset.annotation_file}: {len(every)} images evaluated, but it has {len(dataset)}")
+    return [result for shard, _ in shards for result in shard]
+
+
+def test_datasets(cfg: CfgNode) -> dict[str, CocoDataset]:
+    """The data sets of DATASETS.TEST by name, checked against the model's number of classes."""
+    datasets = {name: build_dataset((name,), cfg, training=False) for name in cfg.DATASETS.TEST}
+    for dataset in datasets.values():
+        check_num_classes(cfg, dataset)
+    return datasets
+
+
+def evaluate_model(
+    cfg: CfgNode, device: Device, model: nn.Module, datasets: dict[str, CocoDataset], output: Path
+) -> dict[str, Any]:
+    """Scores of the model: for the first data set `{"bbox": {...}, "segm": {...}, "eval_seconds": s}`, and those of
+    further ones under "datasets" by name; the same on every rank. Results are kept as OUTPUT/inference/NAME.json."""
+    tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+    scores: dict[str, Any] = {}
+    for name, dataset in datasets.items():
+        started = time.perf_counter()
+        results = infer(cfg, device, model, dataset)
+        score = None
+        if results is not None:
+            path = output / "inference" / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            text = json.dumps(results)
+            write_atomically(path, lambda file, text=text: file.write(text.encode()))
+            score = evaluate(dataset.annotation_file, results, tasks, cfg.TEST.EVALUATOR)
+        score = distributed.broadcast(score)
+        score["eval_seconds"] = time.perf_counter() - started
+        if scores:
+            scores.setdefault("datasets", {})[name] = score
+        else:
+            scores = score
+    return scores

@@ -1,0 +1,323 @@
+"""The training run: build everything, then one loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+from .. import ops
+from ..benchmark import environment
+from ..config import dump, sha256
+from ..data.catalog import build_dataset, check_num_classes
+from ..data.coco import CocoDataset
+from ..data.loader import train_loader
+from ..device import Device
+from ..errors import CheckpointError, ConfigError
+from ..evaluation.coco import format_table
+from ..models.build import build_model
+from ..models.weights import load_weights
+from ..report.console import TrainingMeter
+from ..structures import ImageBatch, Targets
+from . import checkpoint, distributed
+from .inference import evaluate_model, test_datasets
+from .metrics import LossWindow, MetricsWriter
+from .optim import Schedule, make_optimizer, make_schedule, set_learning_rate
+
+logger = logging.getLogger(__name__)
+
+Batch = tuple[ImageBatch, Targets]
+
+
+@dataclass
+class Run:
+    """All that a training run consists of. `model` is the bare model, `parallel` what the step calls."""
+
+    cfg: CfgNode
+    device: Device
+    output: Path
+    model: nn.Module
+    parallel: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    schedule: Schedule
+    batches: Iterator[Batch]
+    steps_per_epoch: int
+    dataset: CocoDataset
+    test: dict[str, CocoDataset]
+    meter: TrainingMeter
+    metrics: MetricsWriter
+    start: int = 0
+    best: float = -1.0
+    scores: dict[str, Any] = field(default_factory=dict)
+    scored_at: int | None = None
+    loss: float | None = None
+    losses: LossWindow = field(default_factory=LossWindow)
+
+
+def train(run: Run) -> int:
+    """The loop; returns the number of steps done. `iteration` counts optimizer steps from 0, logs and files count
+    finished ones."""
+    cfg, total, done = run.cfg, run.schedule.total, run.start
+    run.parallel.train()
+    for iteration in range(run.start, total):
+        set_learning_rate(run.optimizer, run.schedule.lr(iteration))
+        distributed.seed_step(cfg.SEED, iteration)
+        waited = time.perf_counter()
+        batches = [next(run.batches) for _ in range(cfg.SOLVER.ACCUMULATE_STEPS)]
+        started = time.perf_counter()
+        losses = train_step(run, batches)
+        done = iteration + 1
+        run.losses.add(done, losses, [image for images, _ in batches for image in images.image_ids])
+        due = _due(cfg, run.steps_per_epoch, done, total)
+        if due.log:
+            values = run.losses.read()  # waits for the device: the only place where a step does
+        run.meter.add(time.perf_counter() - waited, started - waited)
+        if due.log:
+            log(run, done, values)
+        if due.evaluate and run.test:
+            evaluate(run, done)
+        if due.checkpoint:
+            save(run, done, f"model_{done:07d}.pth")
+        if reached_target(run):
+            logger.info("MLPERF.MIN_BBOX_MAP and MIN_SEGM_MAP are reached at iteration %d: training stops", done)
+            break
+    save(run, done, "model_final.pth")
+    return done
+
+
+def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
+    """Forward, backward and update over the micro-batches of one step. Returns the losses, means over the
+    micro-batches, on the device; nothing here waits for it."""
+    sums: dict[str, Tensor] = {}
+    for number, (images, targets) in enumerate(batches):
+        with _no_gradient_exchange(run.parallel, number + 1 < len(batches)), run.device.autocast(_dtype(run.cfg)):
+            losses = run.parallel(images, targets)
+            total = sum(losses.values()) / len(batches)
+            run.scaler.scale(total).backward()
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss.detach() / len(batches)
+    if run.cfg.SOLVER.CLIP_GRADIENTS_NORM > 0:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.SOLVER.CLIP_GRADIENTS_NORM)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return sums
+
+
+def _no_gradient_exchange(model: nn.Module, more_to_come: bool):
+    """Only the last micro-batch of a step averages gradients over ranks."""
+    if more_to_come and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return torch.enable_grad()
+
+
+@dataclass(frozen=True)
+class Due:
+    log: bool
+    evaluate: bool
+    checkpoint: bool
+
+
+def _due(cfg: CfgNode, steps_per_epoch: int, done: int, total: int) -> Due:
+    """What follows step `done`. A checkpoint is preceded by a reading of the losses: none is written after a NaN."""
+    solver, last = cfg.SOLVER, done == total
+    evaluate_ = bool(solver.EVAL_PERIOD and done % solver.EVAL_PERIOD == 0)
+    evaluate_ = not last and (evaluate_ or (cfg.PER_EPOCH_EVAL and done % steps_per_epoch == 0))
+    checkpoint_ = cfg.SAVE_CHECKPOINTS and not last and done % solver.CHECKPOINT_PERIOD == 0
+    return Due(done % cfg.LOGGING.PERIOD == 0 or last or evaluate_ or checkpoint_, evaluate_, checkpoint_)
+
+
+def log(run: Run, done: int, losses: dict[str, float]) -> None:
+    """One line for people, one for metrics.jsonl."""
+    run.loss = losses["loss"]
+    lr, memory = run.schedule.lr(done - 1), run.device.max_memory_mb()
+    logger.info(run.meter.console_line(done, losses, lr, memory))
+    recent = run.meter.recent()
+    run.metrics.write(
+        {
+            "iter": done,
+            "epoch": round(done / run.steps_per_epoch, 4),
+            **losses,
+            "lr": lr,
+            **recent,
+            "max_memory_mb": round(memory, 1),
+        }
+    )
+
+
+def evaluate(run: Run, done: int) -> None:
+    """Scores the model on DATASETS.TEST, and keeps the best weights as model_best.pth."""
+    run.scores = evaluate_model(run.cfg, run.device, run.model, run.test, run.output)
+    run.scored_at = done
+    logger.info("accuracy at iteration %d\n%s", done, format_table(run.scores))
+    run.metrics.scalars(done, {f"{task}/{k}": run.scores[task][k] for task in _tasks(run) for k in ("AP", "AP50", "AP75")})
+    score = run.scores[_tasks(run)[-1]]["AP"]
+    if score is not None and score > run.best:
+        run.best = score
+        save(run, done, "model_best.pth", last=False)
+
+
+def reached_target(run: Run) -> bool:
+    """MLPERF's targets, when both are set, against the last evaluation."""
+    target = {"bbox": run.cfg.MLPERF.MIN_BBOX_MAP, "segm": run.cfg.MLPERF.MIN_SEGM_MAP}
+    if not run.scores or min(target.values()) <= 0:
+        return False
+    return all((run.scores[task]["AP"] or 0.0) >= target[task] for task in _tasks(run))
+
+
+def _tasks(run: Run) -> tuple[str, ...]:
+    return tuple(task for task in ("bbox", "segm") if task in run.scores)
+
+
+def _dtype(cfg: CfgNode) -> torch.dtype:
+    return getattr(torch, cfg.DTYPE)
+
+
+def save(run: Run, done: int, name: str, last: bool = True) -> None:
+    """A checkpoint: weights, optimizer, scaler and where the run stands; also names and preprocessing, so that
+    predict.py needs nothing else."""
+    if not distributed.is_main():
+        return
+    content = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "iteration": done,
+        "best": run.best,
+        "config": dump(run.cfg),
+        "category_ids": run.dataset.category_ids,
+        "category_names": run.dataset.category_names,
+        "world_size": distributed.world_size(),
+    }
+    path = checkpoint.save(run.output, name, content, last)
+    checkpoint.keep_newest(run.output, run.cfg.SOLVER.CHECKPOINTS_KEPT)
+    logger.info("wrote %s", path)
+
+
+def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
+    """Everything of a run, fresh or at the state of its last checkpoint."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is empty: name a data set of data/catalog.py, such as coco_2017_train")
+    if cfg.DETERMINISTIC:
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(cfg.SEED)
+    dataset = build_dataset(cfg.DATASETS.TRAIN, cfg, training=True)
+    check_num_classes(cfg, dataset)
+    test = test_datasets(cfg)
+    model = build_model(cfg, device)
+    optimizer = make_optimizer(cfg, model, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.DTYPE == "float16" and device.grad_scaler)
+    content = load_state(output, model, optimizer, scaler, device) if resume else None
+    if content is None and cfg.MODEL.WEIGHT:
+        load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE)
+    start, best = (content["iteration"], content["best"]) if content else (0, -1.0)
+    loader = train_loader(cfg, dataset, device, rank, world_size, start * cfg.SOLVER.ACCUMULATE_STEPS)
+    steps_per_epoch = max(1, loader.iterations_per_epoch // cfg.SOLVER.ACCUMULATE_STEPS)
+    schedule = make_schedule(cfg, steps_per_epoch)
+    return Run(
+        cfg=cfg,
+        device=device,
+        output=output,
+        model=model,
+        parallel=parallelize(model, device),
+        optimizer=optimizer,
+        scaler=scaler,
+        schedule=schedule,
+        batches=iter(loader),
+        steps_per_epoch=steps_per_epoch,
+        dataset=dataset,
+        test=test,
+        meter=TrainingMeter(schedule.total, start, cfg.SOLVER.IMS_PER_BATCH, cfg.LOGGING.WARMUP_STEPS),
+        metrics=MetricsWriter(output, cfg.LOGGING.TENSORBOARD, start),
+        start=start,
+        best=best,
+    )
+
+
+def parallelize(model: nn.Module, device: Device) -> nn.Module:
+    """DistributedDataParallel when there are ranks. Buffers are exchanged only where a batch norm changes them."""
+    if distributed.world_size() == 1:
+        return model
+    running = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    ids = [device.torch_device] if device.torch_device.index is not None else None
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=running, gradient_as_bucket_view=True)
+
+
+def load_state(output: Path, model: nn.Module, optimizer, scaler, device: Device) -> dict[str, Any] | None:
+    """Loads the run's last checkpoint; None, with a line in the log, when there is none yet."""
+    path = checkpoint.last(output)
+    if path is None:
+        logger.info("--resume: %s holds no %s, so the run starts from the beginning", output, checkpoint.LAST)
+        return None
+    content = checkpoint.read(path)
+    checkpoint.load_model(model, content, path)
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+        scaler.load_state_dict(content["scaler"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: the optimizer's state does not fit SOLVER.OPTIMIZER: {error}") from error
+    if content["world_size"] != distributed.world_size():
+        logger.warning(
+            "%s was written by %d ranks, now there are %d: the run continues, but not bit for bit",
+            *(path, content["world_size"], distributed.world_size()),
+        )
+    logger.info("continuing from %s at iteration %d", path, content["iteration"])
+    return content
+
+
+def run_training(cfg: CfgNode, device: Device, resume: bool = False, skip_test: bool = False) -> Run:
+    """A whole run: train, evaluate, write result.json. Returns the run; its `scores` are empty without a test."""
+    output = prepare_output(cfg)
+    for op in environment.KERNELS:
+        logger.info("kernel of %s on %s: %s", op, device.type, ops.kernel_in_use(op, device.type))
+    run = build_run(cfg, device, output, resume)
+    try:
+        done = train(run)
+        if run.test and not skip_test and run.scored_at != done:
+            evaluate(run, done)
+    finally:
+        run.metrics.close()
+    performance = run.meter.performance() | {
+        "max_memory_mb": round(device.max_memory_mb(), 1),
+        "eval_seconds": run.scores.get("eval_seconds"),
+    }
+    write_result(cfg, device, output, run.scores, performance)
+    return run
+
+
+def prepare_output(cfg: CfgNode) -> Path:
+    """Creates OUTPUT_DIR and writes the resolved config.yaml into it, before anything long begins."""
+    output = Path(cfg.OUTPUT_DIR)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if distributed.is_main():
+            checkpoint.write_atomically(output / "config.yaml", lambda file: file.write(dump(cfg).encode()))
+    except OSError as error:
+        raise ConfigError(f"cannot write to OUTPUT_DIR {output}: {error.strerror}") from error
+    return output
+
+
+def write_result(cfg: CfgNode, device: Device, output: Path, scores: dict, performance: dict) -> None:
+    """result.json, on the main rank."""
+    if not distributed.is_main():
+        return
+    result = {
+        **{key: value for key, value in scores.items() if key != "eval_seconds"},
+        "performance": performance,
+        "environment": environment.describe(device, distributed.world_size()),
+        "config_sha256": sha256(cfg),
+    }
+    text = json.dumps(result, indent=2)
+    checkpoint.write_atomically(output / "result.json", lambda file: file.write(text.encode()))

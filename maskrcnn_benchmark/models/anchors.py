@@ -1,0 +1,71 @@
+"""Anchor boxes (Ren et al. 2015, section 3.1.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cell_anchors(sizes: tuple[float, ...], aspect_ratios: tuple[float, ...], rounding: str = "none") -> Tensor:
+    """[R * S, 4] float32 anchors around the origin, ratio outer, size inner; ratio = height / width, area = size^2.
+
+    rounding: "none" (detectron2's exact floats) or "corners" (whole pixels, torchvision).
+    """
+    anchors = []
+    for ratio in aspect_ratios:
+        for size in sizes:
+            w, h = size * ratio**-0.5, size * ratio**0.5
+            anchors.append((-w / 2, -h / 2, w / 2, h / 2))
+    anchors = torch.tensor(anchors, dtype=torch.float32)
+    return anchors.round() if rounding == "corners" else anchors
+
+
+def grid_anchors(cell: Tensor, height: int, width: int, stride: tuple[float, float]) -> Tensor:
+    """[height * width * A, 4]: the cell's anchors at every position of a map, row by row, anchor innermost."""
+    y = torch.arange(height, device=cell.device, dtype=torch.float32) * stride[0]
+    x = torch.arange(width, device=cell.device, dtype=torch.float32) * stride[1]
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    shift = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
+    return (shift + cell).reshape(-1, 4)
+
+
+class AnchorGenerator:
+    """Anchors of every level of a pyramid, kept for the shapes seen last: a run has few.
+
+    sizes: for each level a tuple of anchor sides in pixels.
+    strides: pixels from one position to the next, a level.
+    grid: "grid" takes the strides as given; "image" the padded image's side // the map's side (torchvision).
+    """
+
+    CACHED_SHAPES = 16
+
+    def __init__(
+        self,
+        sizes: tuple[tuple[float, ...], ...],
+        aspect_ratios: tuple[float, ...],
+        strides: tuple[int, ...],
+        rounding: str = "none",
+        grid: str = "grid",
+    ) -> None:
+        self.cells = [cell_anchors(s, aspect_ratios, rounding) for s in sizes]
+        self.strides = strides
+        self.grid = grid
+        self.per_position = len(aspect_ratios) * len(sizes[0])
+        self._cache: dict[tuple, list[Tensor]] = {}
+
+    def __call__(self, shapes: list[tuple[int, int]], image_shape: tuple[int, int], device: torch.device) -> list[Tensor]:
+        """For maps of `shapes` (height, width): one [H * W * A, 4] float32 tensor a level."""
+        key = (tuple(shapes), image_shape, device)
+        if key not in self._cache:
+            if len(self._cache) == self.CACHED_SHAPES:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[key] = [
+                grid_anchors(cell.to(device), h, w, self._stride(stride, (h, w), image_shape))
+                for cell, (h, w), stride in zip(self.cells, shapes, self.strides)
+            ]
+        return self._cache[key]
+
+    def _stride(self, stride: int, shape: tuple[int, int], image_shape: tuple[int, int]) -> tuple[int, int]:
+        if self.grid == "grid":
+            return stride, stride
+        return image_shape[0] // shape[0], image_shape[1] // shape[1]

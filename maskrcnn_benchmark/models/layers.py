@@ -1,0 +1,87 @@
+"""Layers that several parts share: norms, convolution followed by a norm, initialisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Norm = Callable[[int], nn.Module]
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm whose statistics and affine parameters are constants.
+
+    Every tensor is a buffer, as in maskrcnn-benchmark and torchvision, so that weights load and none is trained.
+    maskrcnn-benchmark adds no epsilon to the variance; detectron2 and torchvision add 1e-5.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The affine map it is: `x * scale + shift`, each [C]."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.scale_and_shift()
+        return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
+
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """`norm(conv(x))`. A frozen norm is folded into the convolution's weights: one pass over the output less, and one
+    activation less to keep for the backward pass, which reaches the weights through the product."""
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale, shift = norm.scale_and_shift()
+    weight = conv.weight * scale[:, None, None, None]
+    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def group_norm(groups: int, channels_per_group: int, eps: float) -> Norm:
+    """A group norm factory (Wu and He 2018): a number of groups, or a number of channels each when that is positive."""
+
+    def make(channels: int) -> nn.GroupNorm:
+        count = channels // channels_per_group if channels_per_group > 0 else groups
+        return nn.GroupNorm(math.gcd(count, channels), channels, eps)
+
+    return make
+
+
+def conv(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    norm: Norm | None = None,
+    relu: bool = False,
+    init: Callable[[Tensor], object] = lambda weight: nn.init.kaiming_uniform_(weight, a=1),
+) -> nn.Module:
+    """A same-size convolution; with a norm or ReLU a Sequential, so that parameters are named `0.weight`, `1.weight`
+    as in maskrcnn-benchmark. The default initialisation is Caffe2's XavierFill."""
+    layer = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=norm is None)
+    init(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    parts = [layer, *([norm(out_channels)] if norm else []), *([nn.ReLU(inplace=True)] if relu else [])]
+    return layer if len(parts) == 1 else nn.Sequential(*parts)
+
+
+def init_he(weight: Tensor) -> None:
+    """He et al. 2015, by output channels: Caffe2's MSRAFill."""
+    nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+
+def normal_layer(layer: nn.Conv2d | nn.Linear, std: float) -> nn.Conv2d | nn.Linear:
+    """`layer` with normal weights and zero bias, as the last layers of the heads start."""
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,115 @@
+"""Mask branch (He et al. 2017, section 3): a small map of the object within each box."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import masks
+from ..structures import BitmapBatch, Detections, PolygonBatch, Targets, flatten_valid
+from .box_head import SampledRoIs, image_index_of, of_class, unflatten
+from .layers import Norm, conv, init_he
+from .roi_pool import RoIPool
+
+
+class ConvFeatureExtractor(nn.Module):
+    """3x3 convolutions over the pooled map, `mask_fcn1` and on."""
+
+    def __init__(self, in_channels: int, channels: tuple[int, ...], norm: Norm | None = None) -> None:
+        super().__init__()
+        self.blocks = []
+        for number, out_channels in enumerate(channels, start=1):
+            self.add_module(f"mask_fcn{number}", conv(in_channels, out_channels, 3, norm, init=init_he))
+            self.blocks.append(f"mask_fcn{number}")
+            in_channels = out_channels
+        self.out_channels = in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.blocks:
+            x = F.relu_(getattr(self, name)(x))
+        return x
+
+
+class MaskPredictor(nn.Module):
+    """Doubles the resolution and predicts a map a class: [R, C, S, S] -> [R, classes, 2S, 2S] logits."""
+
+    def __init__(self, in_channels: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.conv5_mask = nn.ConvTranspose2d(in_channels, hidden, 2, stride=2)
+        self.mask_fcn_logits = nn.Conv2d(hidden, classes, 1)
+        for layer in (self.conv5_mask, self.mask_fcn_logits):
+            init_he(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mask_fcn_logits(F.relu_(self.conv5_mask(x)))
+
+
+class MaskHead(nn.Module):
+    """Masks of the positive proposals (losses) or of the detections.
+
+    feature_extractor: the box head's own when `share_features` (C4): then the losses read the features that the box
+    head made.
+    soft_bitmap_targets: targets from bitmaps keep their fractions (torchvision).
+    """
+
+    def __init__(
+        self,
+        pool: RoIPool,
+        feature_extractor: nn.Module,
+        predictor: MaskPredictor,
+        share_features: bool = False,
+        soft_bitmap_targets: bool = False,
+        positives_per_image: int = 128,
+        compact: bool = False,
+    ) -> None:
+        super().__init__()
+        self.pool = pool
+        self.feature_extractor = feature_extractor
+        self.predictor = predictor
+        self.share_features = share_features
+        self.soft_bitmap_targets = soft_bitmap_targets
+        self.positives_per_image = positives_per_image
+        self.compact = compact
+
+    def forward(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
+        """boxes [R, 4] -> logits [R, classes, M, M]."""
+        return self.predictor(self.feature_extractor(self.pool(features, boxes, image_index)))
+
+    def losses(self, features: list[Tensor], chosen: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
+        """Binary cross entropy of the map of each positive's class, mean over pixels and positives."""
+        sampled = chosen.positive.shape[1]
+        first = slice(0, min(self.positives_per_image, sampled))  # positives come first
+        positive = chosen.positive[:, first]
+        image = image_index_of(positive)
+        row = image * sampled + torch.arange(positive.shape[1], device=positive.device)
+        instance = image * targets.valid.shape[1] + chosen.matched[:, first]
+        fields = (chosen.boxes[:, first], image, chosen.labels[:, first], instance, row)
+        _, weight, (box, image, label, instance, row) = flatten_valid(positive, fields, self.compact)
+        if self.share_features:
+            # rows rise, and in a compacted batch some are missing: find each positive among them
+            logits = self.predictor(chosen.features[torch.searchsorted(chosen.rows, row)])
+        else:
+            logits = self(features, box, image)
+        logits = of_class(logits, label).float()
+        with torch.no_grad():
+            wanted = self.targets(targets.masks, instance, box, logits.shape[-1])
+        loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=(1, 2))
+        return {"loss_mask": (loss * weight).sum() / weight.sum().clamp(min=1)}
+
+    def targets(self, truth: PolygonBatch | BitmapBatch, instance: Tensor, boxes: Tensor, size: int) -> Tensor:
+        """[R, size, size] float32: the masks of `instance` [R] within `boxes` [R, 4]."""
+        if isinstance(truth, PolygonBatch):
+            packed = (truth.points, truth.polygon_offsets, truth.instance_offsets)
+            return masks.polygon_targets(*packed, instance, boxes, size)
+        return masks.bitmap_targets(truth.bitmaps.flatten(0, 1), instance, boxes, size, self.soft_bitmap_targets)
+
+    def detect(self, features: list[Tensor], detections: Detections) -> Detections:
+        """`detections` with masks [B, D, M, M], probabilities of each one's class."""
+        fields = (detections.boxes, image_index_of(detections.valid), detections.labels)
+        rows, _, (box, image, label) = flatten_valid(detections.valid, fields, self.compact)
+        logits = self(features, box, image)
+        probability = of_class(logits, label).float().sigmoid()
+        detections.masks = unflatten(rows, probability, detections.valid.shape)
+        return detections

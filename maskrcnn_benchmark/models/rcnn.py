@@ -1,0 +1,77 @@
+"""The detector: Faster R-CNN, and Mask R-CNN with a mask head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..structures import Detections, ImageBatch, Targets
+from .box_head import BoxHead
+from .mask_head import MaskHead
+from .rpn import RPN
+
+
+class Normalize(nn.Module):
+    """uint8 or float RGB pixels in 0..255 -> what the weights were trained on.
+
+    mean, std: in the order and range that `bgr255` says: BGR 0..255 (Caffe2's weights) or RGB 0..1.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], bgr255: bool) -> None:
+        super().__init__()
+        range_ = 1.0 if bgr255 else 255.0
+        order = slice(None, None, -1) if bgr255 else slice(None)
+        self.bgr = bgr255
+        # In RGB 0..255; not part of the weights: the configuration carries them.
+        self.register_buffer("mean", torch.tensor(list(mean)[order]).view(1, -1, 1, 1) * range_, persistent=False)
+        self.register_buffer("std", torch.tensor(list(std)[order]).view(1, -1, 1, 1) * range_, persistent=False)
+
+    def forward(self, images: ImageBatch) -> Tensor:
+        x = (images.pixels - self.mean) / self.std
+        row = torch.arange(x.shape[2], device=x.device) < images.sizes[:, :1]
+        column = torch.arange(x.shape[3], device=x.device) < images.sizes[:, 1:]
+        x = x * (row[:, None, :, None] & column[:, None, None, :])  # padding is zero after normalising, in all peers
+        return x.flip(1) if self.bgr else x
+
+
+class RCNN(nn.Module):
+    """normalize -> backbone -> rpn -> box head -> mask head.
+
+    backbone: [B, 3, H, W] -> list of maps. Any module will do.
+    channels_last: the memory format the network runs in.
+    """
+
+    def __init__(
+        self,
+        normalize: Normalize,
+        backbone: nn.Module,
+        rpn: RPN,
+        box_head: BoxHead,
+        mask_head: MaskHead | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.backbone = backbone
+        self.rpn = rpn
+        self.roi_heads = nn.ModuleDict({"box": box_head})
+        if mask_head is not None:
+            self.roi_heads["mask"] = mask_head
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
+
+    def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
+        """With targets the losses by name, each a scalar; without them Detections in pixels of the resized images."""
+        x = self.normalize(images).contiguous(memory_format=self.memory_format)
+        features = self.backbone(x)
+        proposals, losses = self.rpn(features, x.shape[-2:], images.sizes, targets)
+        box_head = self.roi_heads["box"]
+        mask_head = self.roi_heads["mask"] if "mask" in self.roi_heads else None
+        if targets is None:
+            detections = box_head.detect(features, proposals, images.sizes)
+            return mask_head.detect(features, detections) if mask_head is not None else detections
+        chosen, box_losses = box_head.losses(features, proposals, targets)
+        losses |= box_losses
+        if mask_head is not None:
+            losses |= mask_head.losses(features, chosen, targets)
+        return losses

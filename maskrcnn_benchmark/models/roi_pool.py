@@ -1,0 +1,34 @@
+"""RoIAlign from a pyramid: each box from the level that suits its size (Lin et al. 2017, section 4.2, equation 1)."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ..ops import roi_align
+
+
+class RoIPool:
+    """scales: 1 / stride of each level. The other arguments are roi_align's."""
+
+    def __init__(self, scales: tuple[float, ...], output_size: int, sampling_ratio: int, aligned: bool) -> None:
+        self.scales = list(scales)
+        self.output_size, self.sampling_ratio, self.aligned = output_size, sampling_ratio, aligned
+        self.min_level = round(-math.log2(scales[0]))
+        self.max_level = round(-math.log2(scales[-1]))
+
+    def __call__(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
+        """features [B, C, Hl, Wl] a level (further levels, such as P6, are not used), boxes [R, 4],
+        image_index [R] -> [R, C, S, S]."""
+        level = roi_align.assign_levels(boxes, self.min_level, self.max_level)
+        return roi_align.roi_align(
+            features[: len(self.scales)],
+            boxes,
+            image_index,
+            level,
+            self.scales,
+            self.output_size,
+            self.sampling_ratio,
+            self.aligned,
+        )

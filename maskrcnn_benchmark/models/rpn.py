@@ -1,0 +1,148 @@
+"""Region proposal network (Ren et al. 2015, section 3; over a pyramid: Lin et al. 2017, section 4.1)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import box_coder, boxes, matching, nms
+from ..structures import Proposals, Targets
+from .anchors import AnchorGenerator
+from .layers import normal_layer
+from .sampling import sample
+
+# The box coder of the RPN has no weights in any of the peers.
+WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+
+
+class RPNHead(nn.Module):
+    """A 3x3 convolution and two 1x1s, the same on every level."""
+
+    def __init__(self, in_channels: int, anchors_per_position: int, conv_channels: int = 0) -> None:
+        super().__init__()
+        channels = conv_channels or in_channels
+        self.conv = normal_layer(nn.Conv2d(in_channels, channels, 3, padding=1), 0.01)
+        self.cls_logits = normal_layer(nn.Conv2d(channels, anchors_per_position, 1), 0.01)
+        self.bbox_pred = normal_layer(nn.Conv2d(channels, anchors_per_position * 4, 1), 0.01)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps [B, C, H, W] -> objectness logits [B, A, H, W] and box deltas [B, 4 * A, H, W], a level each."""
+        hidden = [F.relu_(self.conv(feature)) for feature in features]
+        return [self.cls_logits(h) for h in hidden], [self.bbox_pred(h) for h in hidden]
+
+
+class RPN(nn.Module):
+    """Proposals, and the losses when there are targets.
+
+    pre_nms, post_nms: (training, test) numbers of proposals: a level before NMS, an image after.
+    post_nms_per_batch: in training the best post_nms of the whole batch, as Detectron did.
+    straddle: anchors further outside the image than this are left out of the loss; negative: none.
+    loss_normalizer: "sampled" (number of sampled anchors) or "batch" (batch_size x images, detectron2).
+    """
+
+    def __init__(
+        self,
+        head: RPNHead,
+        anchors: AnchorGenerator,
+        pre_nms: tuple[int, int],
+        post_nms: tuple[int, int],
+        post_nms_per_batch: bool = False,
+        nms_threshold: float = 0.7,
+        min_size: float = 0.0,
+        foreground_iou: float = 0.7,
+        background_iou: float = 0.3,
+        batch_size: int = 256,
+        positive_fraction: float = 0.5,
+        straddle: float = -1,
+        smooth_l1_beta: float = 1 / 9,
+        loss_normalizer: str = "sampled",
+    ) -> None:
+        super().__init__()
+        self.head = head
+        self.anchors = anchors
+        self.pre_nms, self.post_nms, self.post_nms_per_batch = pre_nms, post_nms, post_nms_per_batch
+        self.nms_threshold, self.min_size = nms_threshold, min_size
+        self.foreground_iou, self.background_iou = foreground_iou, background_iou
+        self.batch_size, self.positive_fraction = batch_size, positive_fraction
+        self.straddle = straddle
+        self.smooth_l1_beta, self.loss_normalizer = smooth_l1_beta, loss_normalizer
+
+    def forward(
+        self, features: list[Tensor], image_shape: tuple[int, int], sizes: Tensor, targets: Targets | None = None
+    ) -> tuple[Proposals, dict[str, Tensor]]:
+        """
+        Args:
+            features: [B, C, H, W] a level.
+            image_shape: (height, width) of the padded batch.
+            sizes: [B, 2] (height, width) of each image.
+            targets: ground truth; without it there are no losses.
+        """
+        logits, deltas = self.head(features)
+        anchors = self.anchors([f.shape[-2:] for f in features], image_shape, features[0].device)
+        logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits]
+        deltas = [x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4).float() for x in deltas]
+        proposals = self.propose(logits, deltas, anchors, sizes)
+        if targets is None:
+            return proposals, {}
+        return proposals, self.losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), sizes, targets)
+
+    @torch.no_grad()
+    def propose(self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: Tensor) -> Proposals:
+        """The best anchors of each level, decoded, clipped, NMS within a level, then the best of all levels."""
+        pre_nms, post_nms = (x[0 if self.training else 1] for x in (self.pre_nms, self.post_nms))
+        decoded, scores, levels = [], [], []
+        for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors)):
+            score, index = logit.topk(min(pre_nms, logit.shape[1]), dim=1)
+            delta = delta.gather(1, index[..., None].expand(-1, -1, 4))
+            decoded.append(box_coder.decode(delta, anchor[index], WEIGHTS))
+            scores.append(score)
+            levels.append(torch.full_like(index, level))
+        box, score, level = boxes.clip(torch.cat(decoded, 1), sizes), torch.cat(scores, 1), torch.cat(levels, 1)
+        side = box[..., 2:] - box[..., :2]
+        valid = (side > self.min_size).all(-1) & box.isfinite().all(-1) & score.isfinite()
+        index, keep = nms.nms(box, score, level, valid, self.nms_threshold, post_nms)
+        box = box.gather(1, index[..., None].expand(-1, -1, 4))
+        score = score.gather(1, index)
+        if self.training and self.post_nms_per_batch:
+            keep = keep & best_of_batch(score, keep, post_nms)
+        return Proposals(boxes=box, scores=score.sigmoid(), valid=keep)
+
+    def losses(
+        self, logits: Tensor, deltas: Tensor, anchors: Tensor, sizes: Tensor, targets: Targets
+    ) -> dict[str, Tensor]:
+        """logits [B, A], deltas [B, A, 4], anchors [A, 4] -> the objectness and the box loss."""
+        with torch.no_grad():
+            matched, label = matching.match(
+                targets.boxes, targets.valid, anchors, self.foreground_iou, self.background_iou, True
+            )
+            if self.straddle >= 0:
+                label = torch.where(inside(anchors, sizes, self.straddle), label, -1)
+            chosen = sample(label, self.batch_size, self.positive_fraction)
+            truth = targets.boxes.gather(1, matched.gather(1, chosen.index)[..., None].expand(-1, -1, 4))
+            wanted = box_coder.encode(truth, anchors[chosen.index], WEIGHTS)
+            wanted = torch.where(chosen.positive[..., None], wanted, 0.0)
+            count = chosen.valid.sum().clamp(min=1)
+            normalizer = self.batch_size * len(logits) if self.loss_normalizer == "batch" else count
+        logit = logits.gather(1, chosen.index)
+        delta = deltas.gather(1, chosen.index[..., None].expand(-1, -1, 4))
+        objectness = F.binary_cross_entropy_with_logits(logit, chosen.positive.float(), reduction="none")
+        regression = F.smooth_l1_loss(delta, wanted, reduction="none", beta=self.smooth_l1_beta).sum(-1)
+        return {
+            "loss_objectness": (objectness * chosen.valid).sum() / normalizer,
+            "loss_rpn_box_reg": (regression * chosen.positive).sum() / normalizer,
+        }
+
+
+def best_of_batch(scores: Tensor, valid: Tensor, count: int) -> Tensor:
+    """[B, K] bool: which proposals are among the best `count` of all images together."""
+    flat = torch.where(valid, scores, -torch.inf).flatten()
+    best = flat.topk(min(count, flat.numel())).indices
+    return torch.zeros_like(flat, dtype=torch.bool).index_fill(0, best, True).view_as(valid)
+
+
+def inside(anchors: Tensor, sizes: Tensor, straddle: float) -> Tensor:
+    """[B, A] bool: anchors [A, 4] that reach at most `straddle` pixels beyond the images of `sizes` [B, 2]."""
+    height, width = sizes[:, :1], sizes[:, 1:]
+    left_top = (anchors[:, :2] >= -straddle).all(-1)
+    return left_top & (anchors[:, 2] < width + straddle) & (anchors[:, 3] < height + straddle)

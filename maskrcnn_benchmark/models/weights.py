@@ -1,0 +1,269 @@
+"""Names in foreign checkpoints <-> names here, which are maskrcnn-benchmark's, and reading such files safely.
+
+Classes: background first here and in torchvision; last in detectron2, whose box and mask rows have none for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Tensor]
+Rules = list[tuple[str, str | Callable[[re.Match], str]]]
+
+# Buffers that peers save and that follow from the configuration here.
+DERIVED = re.compile(r"(^|\.)(num_batches_tracked|pixel_mean|pixel_std|anchor_generator\.cell_anchors\.\d+)$")
+CLASSIFIER = re.compile(r"^(fc|stem\.fc|fc1000|pred)(\.|_)")  # the ImageNet classifier of a backbone's file
+
+TORCHVISION: Rules = [
+    (r"^(backbone\.body\.)(conv1|bn1)\.", r"\1stem.\2."),
+    (r"^backbone\.fpn\.inner_blocks\.(\d)(\.0)?\.", lambda m: f"backbone.fpn.fpn_inner{int(m[1]) + 1}."),
+    (r"^backbone\.fpn\.layer_blocks\.(\d)(\.0)?\.", lambda m: f"backbone.fpn.fpn_layer{int(m[1]) + 1}."),
+    (r"^rpn\.head\.conv\.0\.0\.", "rpn.head.conv."),
+    (r"^roi_heads\.box_head\.", "roi_heads.box.feature_extractor."),
+    (r"^roi_heads\.box_predictor\.", "roi_heads.box.predictor."),
+    (r"^roi_heads\.mask_head\.(\d)\.0\.", lambda m: f"roi_heads.mask.feature_extractor.mask_fcn{int(m[1]) + 1}."),
+    (r"^roi_heads\.mask_head\.", "roi_heads.mask.feature_extractor."),  # before torchvision 0.14
+    (r"^roi_heads\.mask_predictor\.", "roi_heads.mask.predictor."),
+]
+TORCHVISION_BACKBONE: Rules = [
+    (r"^(conv1|bn1)\.", r"backbone.body.stem.\1."),
+    (r"^(layer\d)\.", r"backbone.body.\1."),
+]
+DETECTRON2: Rules = [
+    (r"^backbone\.(bottom_up\.)?(stem|res\d)\.", r"backbone.body.\2."),
+    (r"^roi_heads\.res5\.", "roi_heads.box.feature_extractor.head.layer4."),
+    (r"\.res(\d)\.", lambda m: f".layer{int(m[1]) - 1}."),
+    (r"\.conv(\d)\.norm\.", r".bn\1."),
+    (r"\.shortcut\.norm\.", ".downsample.1."),
+    (r"\.shortcut\.", ".downsample.0."),
+    (r"^backbone\.fpn_lateral(\d)\.", lambda m: f"backbone.fpn.fpn_inner{int(m[1]) - 1}."),
+    (r"^backbone\.fpn_output(\d)\.", lambda m: f"backbone.fpn.fpn_layer{int(m[1]) - 1}."),
+    (r"^proposal_generator\.rpn_head\.", "rpn.head."),
+    (r"^rpn\.head\.objectness_logits\.", "rpn.head.cls_logits."),
+    (r"^rpn\.head\.anchor_deltas\.", "rpn.head.bbox_pred."),
+    (r"^roi_heads\.box_head\.fc(\d)\.", lambda m: f"roi_heads.box.feature_extractor.fc{int(m[1]) + 5}."),
+    (r"^roi_heads\.box_predictor\.", "roi_heads.box.predictor."),
+    (r"^roi_heads\.mask_head\.deconv\.", "roi_heads.mask.predictor.conv5_mask."),
+    (r"^roi_heads\.mask_head\.predictor\.", "roi_heads.mask.predictor.mask_fcn_logits."),
+    (r"^roi_heads\.mask_head\.", "roi_heads.mask.feature_extractor."),
+]
+# Detectron's ImageNet backbones (MSRA's and FAIR's R-50.pkl): res2_0_branch2a_w, res2_0_branch2a_bn_s, ...
+DETECTRON_BACKBONE: Rules = [
+    (r"^(?:res_)?conv1_", "backbone.body.stem.conv1_"),
+    (r"^res(\d)_(\d+)_", lambda m: f"backbone.body.layer{int(m[1]) - 1}.{m[2]}."),
+    (r"branch2([abc])_", lambda m: f"conv{'abc'.index(m[1]) + 1}_"),
+    (r"branch1_bn_", "downsample.1_"),
+    (r"branch1_", "downsample.0_"),
+    (r"conv(\d)_bn_", r"bn\1_"),
+    (r"_(w|s)$", ".weight"),
+    (r"_b$", ".bias"),
+]
+
+
+def _background_first(state: State) -> None:
+    """detectron2's class rows in our order; box and mask rows get one of zeros for the background, which is unused."""
+    for name, tensor in state.items():
+        if ".predictor.cls_score." in name:
+            state[name] = torch.cat((tensor[-1:], tensor[:-1]))
+        elif ".predictor.bbox_pred." in name:
+            state[name] = torch.cat((torch.zeros_like(tensor[:4]), tensor))
+        elif ".predictor.mask_fcn_logits." in name:
+            state[name] = torch.cat((torch.zeros_like(tensor[:1]), tensor))
+
+
+def _shared_res5(state: State) -> None:
+    """The C4 heads share one res5, which has two names here, as in maskrcnn-benchmark."""
+    box, mask = "roi_heads.box.feature_extractor.head.", "roi_heads.mask.feature_extractor.head."
+    if any(name.startswith("roi_heads.mask.predictor.") for name in state):
+        state |= {mask + name[len(box) :]: tensor for name, tensor in state.items() if name.startswith(box)}
+
+
+def _affine_norms(state: State) -> None:
+    """Detectron's files hold batch norms already folded to scale and shift."""
+    for name in [name for name in state if re.search(r"\.(bn\d|downsample\.1)\.weight$", name)]:
+        prefix = name.removesuffix("weight")
+        state[prefix + "running_mean"] = torch.zeros_like(state[name])
+        state[prefix + "running_var"] = torch.ones_like(state[name])
+
+
+# format -> (a name that only it has, rules, changes to the renamed tensors)
+FORMATS: dict[str, tuple[str, Rules, list[Callable[[State], None]]]] = {
+    "maskrcnn_benchmark": (r"^(module\.)?backbone\.body\.stem\.", [(r"^module\.", "")], []),
+    "torchvision": (r"^backbone\.body\.conv1\.", TORCHVISION, []),
+    "detectron2": (r"^backbone\.(bottom_up\.)?stem\.conv1\.", DETECTRON2, [_background_first, _shared_res5]),
+    "torchvision backbone": (r"^conv1\.weight$", TORCHVISION_BACKBONE, []),
+    "detectron backbone": (r"^conv1_w$", DETECTRON_BACKBONE, [_affine_norms]),
+}
+
+
+def convert(state: State, source: str) -> tuple[State, str]:
+    """A foreign state dict under our names, and the name of its format.
+
+    Raises:
+        CheckpointError: no known format has such names.
+    """
+    for name, (mark, rules, changes) in FORMATS.items():
+        if any(re.search(mark, key) for key in state):
+            break
+    else:
+        first = ", ".join(list(state)[:3])
+        raise CheckpointError(f"{source}: no known format has tensors named {first}, ...; known: {', '.join(FORMATS)}")
+    renamed = {}
+    for key, tensor in state.items():
+        if DERIVED.search(key) or CLASSIFIER.search(key) or not isinstance(tensor, Tensor):
+            continue
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = tensor
+    for change in changes:
+        change(renamed)
+    return renamed, name
+
+
+def load_weights(model: nn.Module, path: str, allow_pickle: bool = False) -> str:
+    """Loads the file into the model and returns the name of its format.
+
+    A whole model's file must match name for name and shape for shape. A backbone's file must fill the whole body; the
+    rest keeps its fresh weights.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or belongs to another model.
+    """
+    state, name = convert(read(resolve(path), allow_pickle), path)
+    wanted = model.state_dict()
+    if name.endswith("backbone"):
+        wanted = {key: tensor for key, tensor in wanted.items() if key.startswith("backbone.body.")}
+    wanted = {key: tensor for key, tensor in wanted.items() if not DERIVED.search(key)}
+    res5 = "backbone.body.layer4."
+    if name.endswith("backbone") and not any(key.startswith(res5) for key in wanted):
+        state = _move_res5_to_head(state, model, wanted, res5)
+    check_match(state, wanted, path)
+    model.load_state_dict(state, strict=False)
+    logger.info("loaded %d tensors from %s (%s)", len(state), path, name)
+    return name
+
+
+def _move_res5_to_head(state: State, model: nn.Module, wanted: State, res5: str) -> State:
+    """With C4 the body ends at res4, and res5 starts the heads."""
+    result = {key: tensor for key, tensor in state.items() if not key.startswith(res5)}
+    for key, tensor in model.state_dict().items():
+        if ".feature_extractor.head.layer4." in key:
+            wanted[key] = tensor
+            source = res5 + key.split(".layer4.")[1]
+            if source in state:
+                result[key] = state[source]
+    return result
+
+
+def check_match(state: State, wanted: State, source: str) -> None:
+    """Raises CheckpointError unless both have the same names and shapes."""
+    missing, unknown = [k for k in wanted if k not in state], [k for k in state if k not in wanted]
+    shapes = [k for k in state if k in wanted and state[k].shape != wanted[k].shape]
+    if shapes:
+        k = shapes[0]
+        raise CheckpointError(
+            f"{source} belongs to another model: {k} is {tuple(state[k].shape)} there and {tuple(wanted[k].shape)} "
+            f"here ({len(shapes)} tensors differ); compare NUM_CLASSES, CONV_BODY and the head sizes"
+        )
+    if missing or unknown:
+        parts = [f"{len(names)} {what}, e.g. {names[0]}" for names, what in ((missing, "missing"), (unknown, "unknown")) if names]
+        raise CheckpointError(f"{source} belongs to another model: tensors {'; '.join(parts)}")
+
+
+# catalog:// names -> file name, address. Never downloaded implicitly.
+CATALOG = {
+    "ImageNetPretrained/MSRA/R-50": "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/MSRA/R-50.pkl",
+    "ImageNetPretrained/MSRA/R-101": "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/MSRA/R-101.pkl",
+    "ImageNetPretrained/MSRA/R-50-GN": "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/47261647/R-50-GN.pkl",
+    "ImageNetPretrained/MSRA/R-101-GN": "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/47592356/R-101-GN.pkl",
+}
+
+
+def cache_dir() -> Path:
+    """Where catalog:// names are looked up: $MASKRCNN_CACHE, or ~/.cache/maskrcnn_benchmark."""
+    return Path(os.environ.get("MASKRCNN_CACHE") or Path.home() / ".cache" / "maskrcnn_benchmark")
+
+
+def resolve(path: str) -> Path:
+    """The file that MODEL.WEIGHT names."""
+    if not path.startswith("catalog://"):
+        return Path(path).expanduser()
+    name = path.removeprefix("catalog://")
+    if name not in CATALOG:
+        raise CheckpointError(f"MODEL.WEIGHT {path} is not in the catalogue; it has {', '.join(CATALOG)}")
+    address = CATALOG[name]
+    file = cache_dir() / address.rsplit("/", 1)[1]
+    if not file.is_file():
+        raise CheckpointError(
+            f"MODEL.WEIGHT {path} is not on this machine, and nothing is downloaded implicitly: download {address} to "
+            f'{file} (and set MODEL.ALLOW_PICKLE True), or train from scratch with MODEL.WEIGHT ""'
+        )
+    return file
+
+
+def read(path: Path, allow_pickle: bool = False) -> State:
+    """The tensors of a .pth file, or of a .pkl file where that is allowed. No code in the file is run."""
+    if not path.is_file():
+        raise CheckpointError(f"weights file {path} does not exist")
+    try:
+        if path.suffix == ".pkl":
+            content = _read_pickle(path, allow_pickle)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch.load and pickle raise whatever a damaged file makes them stumble over
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"cannot read weights from {path}: {reason} ({type(error).__name__})") from error
+    for key in ("model", "state_dict", "blobs"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path} holds no state dict")
+    return {k: v if isinstance(v, Tensor) else torch.as_tensor(v) for k, v in content.items() if _is_array(v)}
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Tensor) or hasattr(value, "__array_interface__")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows NumPy arrays and nothing else, so that no code in a file can run."""
+
+    ALLOWED = {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "scalar"),
+        ("_codecs", "encode"),
+        ("collections", "OrderedDict"),
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in self.ALLOWED:
+            raise CheckpointError(f"the pickle asks for {module}.{name}; only arrays are read from .pkl files")
+        return super().find_class(module, name)
+
+
+def _read_pickle(path: Path, allowed: bool) -> object:
+    if not allowed:
+        raise CheckpointError(f"{path} is a pickle file; set MODEL.ALLOW_PICKLE True to read the arrays in it (no code is run)")
+    with open(path, "rb") as file:
+        try:
+            return _ArrayUnpickler(file, encoding="latin1").load()
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is refused: {error}") from error

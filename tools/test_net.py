@@ -1,0 +1,75 @@
+"""Evaluate a checkpoint, or score a saved COCO results file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package beside this file, installed or not
+
+from yacs.config import CfgNode
+
+from maskrcnn_benchmark import command
+from maskrcnn_benchmark.config import get_config
+from maskrcnn_benchmark.device import Device, get_device
+from maskrcnn_benchmark.engine import checkpoint, distributed
+from maskrcnn_benchmark.engine.inference import evaluate_model, test_datasets
+from maskrcnn_benchmark.engine.train import prepare_output, write_result
+from maskrcnn_benchmark.errors import ConfigError
+from maskrcnn_benchmark.evaluation.coco import evaluate, format_table, load_results
+from maskrcnn_benchmark.evaluation.expected import check_expected
+from maskrcnn_benchmark.models.build import build_model
+from maskrcnn_benchmark.models.weights import load_weights
+from maskrcnn_benchmark.report.console import setup_logging
+
+
+def parse() -> argparse.Namespace:
+    parser = command.Parser(description=__doc__, epilog="Writes OUTPUT_DIR/result.json; see docs for its fields.")
+    parser.add_argument("--config-file", required=True, metavar="YAML", help="the model and DATASETS.TEST")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--ckpt", metavar="FILE", help="weights; without it OUTPUT_DIR's last checkpoint, then MODEL.WEIGHT")
+    source.add_argument("--predictions", metavar="JSON", help="a COCO results file to score instead of running a model")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, npu, mps, xpu or a plug-in; replaces MODEL.DEVICE")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="configuration keys, such as DATA.PATH coco")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    cfg = get_config(args.config_file, args.overrides)
+    device = get_device(args.device or cfg.MODEL.DEVICE)
+    with distributed.process_group(device):
+        output = prepare_output(cfg)
+        setup_logging(output, distributed.rank(), cfg.LOGGING.RANK_LOGS)
+        if not cfg.DATASETS.TEST:
+            raise ConfigError("DATASETS.TEST is empty: name a data set of data/catalog.py, such as coco_2017_val")
+        scores = score_file(cfg, args.predictions) if args.predictions else score_model(cfg, device, output, args.ckpt)
+        performance = {"eval_seconds": scores.get("eval_seconds"), "max_memory_mb": round(device.max_memory_mb(), 1)}
+        write_result(cfg, device, output, scores, performance)
+        if distributed.is_main():
+            print(format_table(scores), flush=True)
+    check_expected(scores, cfg.TEST.EXPECTED_RESULTS, cfg.TEST.EXPECTED_RESULTS_SIGMA_TOL)
+    return 0
+
+
+def score_model(cfg: CfgNode, device: Device, output: Path, ckpt: str | None) -> dict[str, Any]:
+    datasets = test_datasets(cfg)
+    weights = ckpt or checkpoint.last(output) or cfg.MODEL.WEIGHT
+    if not weights:
+        raise ConfigError(f"nothing to evaluate: give --ckpt or MODEL.WEIGHT ({output} holds no {checkpoint.LAST})")
+    model = build_model(cfg, device)
+    load_weights(model, str(weights), cfg.MODEL.ALLOW_PICKLE)
+    return evaluate_model(cfg, device, model, datasets, output)
+
+
+def score_file(cfg: CfgNode, predictions: str) -> dict[str, Any]:
+    results = load_results(predictions)
+    dataset = next(iter(test_datasets(cfg).values()))
+    tasks = ("bbox", "segm") if any("segmentation" in result for result in results) else ("bbox",)
+    return evaluate(dataset.annotation_file, results, tasks, cfg.TEST.EVALUATOR)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,76 @@
+"""Train a model, evaluate it, and report accuracy and speed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package beside this file, installed or not
+
+from maskrcnn_benchmark import command
+from maskrcnn_benchmark.config import get_config
+from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.engine import distributed
+from maskrcnn_benchmark.engine.train import Run, prepare_output, run_training
+from maskrcnn_benchmark.evaluation.coco import format_table
+from maskrcnn_benchmark.evaluation.expected import check_expected
+from maskrcnn_benchmark.report.console import case_log, final_lines, setup_logging
+
+
+def parse() -> argparse.Namespace:
+    parser = command.Parser(
+        description=__doc__,
+        epilog="One process: python tools/train_net.py --config-file configs/quickstart.yaml DATA.PATH my_data. "
+        "Many: torchrun --nproc-per-node N tools/train_net.py ... (test/train_full_8p.sh does it).",
+    )
+    parser.add_argument("--config-file", required=True, metavar="YAML", help="what to train, such as configs/*.yaml")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, npu, mps, xpu or a plug-in; replaces MODEL.DEVICE")
+    parser.add_argument("--resume", action="store_true", help="continue from OUTPUT_DIR's last checkpoint")
+    parser.add_argument("--skip-test", action="store_true", help="do not evaluate at the end")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="configuration keys, such as SOLVER.BASE_LR 0.01")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    started = time.time()
+    cfg = get_config(args.config_file, args.overrides)
+    device = get_device(args.device or cfg.MODEL.DEVICE)
+    with distributed.process_group(device):
+        output = prepare_output(cfg)
+        setup_logging(output, distributed.rank(), cfg.LOGGING.RANK_LOGS)
+        run = run_training(cfg, device, args.resume, args.skip_test)
+        if distributed.is_main():
+            report(run, time.time() - started, accuracy=bool(run.scores))
+    if run.scores:
+        check_expected(run.scores, cfg.TEST.EXPECTED_RESULTS, cfg.TEST.EXPECTED_RESULTS_SIGMA_TOL)
+    return 0
+
+
+def report(run: Run, seconds: float, accuracy: bool) -> None:
+    """The final table and lines, and CaseName.log where a network name is set."""
+    performance = run.meter.performance()
+    if accuracy:
+        print(format_table(run.scores))
+    print(final_lines(performance, run.scores, seconds), flush=True)
+    if run.cfg.LOGGING.NETWORK:
+        main_task = run.scores.get("bbox") or {}
+        case_log(
+            run.output,
+            network=run.cfg.LOGGING.NETWORK,
+            rank_size=distributed.world_size(),
+            batch_size=run.cfg.SOLVER.IMS_PER_BATCH,
+            device_type=run.device.type,
+            accuracy=accuracy,
+            fps=performance["images_per_second"],
+            training_time=performance["step_ms"]["p50"],
+            train_accuracy=main_task.get("AP"),
+            loss=run.loss,
+            e2e_time=seconds,
+        )
+
+
+if __name__ == "__main__":
+    command.run(main)
