@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
     source.add_argument("--predictions", metavar="JSON", help="a COCO results file to score instead of running a model")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, npu, mps, xpu or a plug-in; replaces MODEL.DEVICE")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="configuration keys, such as DATA.PATH coco")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> int:

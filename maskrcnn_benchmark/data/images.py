@@ -1,0 +1,89 @@
+"""Image files -> RGB arrays. The size that the annotations state decides whether an EXIF rotation is applied."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from ..errors import DataError
+
+_EXIF_ORIENTATION = 0x0112
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+# EXIF orientation -> the same picture upright
+_UPRIGHT = {
+    1: lambda image: image,
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.transpose(1, 0, 2),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda image: np.rot90(image),
+}
+
+
+def read_image(path: str | Path, size: tuple[int, int] | None = None, image_id: int | None = None) -> np.ndarray:
+    """An image file as [H, W, 3] uint8 RGB; grayscale, palette, alpha and 16-bit files too.
+
+    Args:
+        path: any format that OpenCV reads; the name may hold any characters.
+        size: the (height, width) that the annotations state. The pixels are taken as stored when they have this size
+            (as pycocotools and COCO's own annotations do), turned by the EXIF orientation when they have it only then.
+            None: turned by the EXIF orientation, as image viewers do.
+        image_id: for error messages.
+
+    Raises:
+        DataError: unreadable, truncated or not of `size`; names the file and the image id.
+    """
+    where = f"image {path}" + (f" (image id {image_id})" if image_id is not None else "")
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise DataError(f"{where} cannot be read: {error.strerror}") from error
+    image = _decode(data, where)
+    if size == image.shape[:2]:
+        return image
+    upright = np.ascontiguousarray(_UPRIGHT[_orientation(data)](image))
+    if size is None or size == upright.shape[:2]:
+        return upright
+    stored = f"{image.shape[0]} x {image.shape[1]}"
+    raise DataError(f"{where} is {stored} (height x width), but its annotation file says {size[0]} x {size[1]}")
+
+
+def _decode(data: bytes, where: str) -> np.ndarray:
+    if not _is_whole(data):
+        # OpenCV fills the missing part of a truncated file with gray and reports no error; PIL refuses it.
+        try:
+            Image.open(io.BytesIO(data)).load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{where} is damaged or not an image: {error}") from error
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise DataError(f"{where} cannot be decoded: {error.err}") from error
+    if image is None:
+        raise DataError(f"{where} cannot be decoded by OpenCV")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+def _is_whole(data: bytes) -> bool:
+    """True for a JPEG or PNG file that ends with its end marker: the two formats of nearly every data set."""
+    return (data.startswith(_JPEG_START) and data.endswith(_JPEG_END)) or (
+        data.startswith(_PNG_START) and data.endswith(_PNG_END)
+    )
+
+
+def _orientation(data: bytes) -> int:
+    """The EXIF orientation, 1..8; 1 where there is none or it is broken."""
+    try:
+        orientation = Image.open(io.BytesIO(data)).getexif().get(_EXIF_ORIENTATION, 1)
+    except (OSError, SyntaxError, ValueError):
+        return 1
+    return orientation if orientation in _UPRIGHT else 1

@@ -1,0 +1,43 @@
+# Sourced by the scripts here. Sets ROOT, the checkout, and PYTHON, an interpreter with the project's dependencies:
+# $PYTHON where it is given, else the active environment's, else the checkout's own .venv.
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="$ROOT/.venv"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+has_dependencies() {
+    "$1" -c 'import torch, numpy, yacs, yaml, cv2, PIL, pycocotools, tensorboard, tqdm' 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python python3 "$VENV/bin/python"; do
+        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null && has_dependencies "$candidate"; then
+            PYTHON="$(command -v "$candidate")"
+            return 0
+        fi
+    done
+    return 1
+}
+
+# For the scripts that may install: an environment of the checkout's own, and the kernels built in place.
+prepare_environment() {
+    if ! find_python || { [ -n "${1:-}" ] && ! "$PYTHON" -c "import $1" 2>/dev/null; }; then
+        local base
+        base="$(command -v python3 || command -v python)" || fail "no python3 found; install Python 3.10 or later"
+        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$base is older than Python 3.10"
+        echo "== setting up $VENV"
+        [ -x "$VENV/bin/python" ] || "$base" -m venv "$VENV"
+        PYTHON="$VENV/bin/python"
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt"
+    fi
+    if ! (cd "$ROOT" && "$PYTHON" setup.py --quiet build_ext --inplace >"$ROOT/build.log" 2>&1); then
+        cat "$ROOT/build.log" >&2
+        fail "building the kernels failed; the log is above and in $ROOT/build.log"
+    fi
+    grep -i 'warning: maskrcnn' "$ROOT/build.log" >&2 || true
+}

@@ -1,0 +1,136 @@
+"""Configuration: inheritance, overrides, checks, and upstream's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from maskrcnn_benchmark.config import dump, get_config, parse_config, sha256
+from maskrcnn_benchmark.errors import ConfigError
+
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_survives_a_round_trip(path):
+    cfg = get_config(path)
+    again = parse_config(dump(cfg), "checkpoint")
+    assert dump(again) == dump(cfg)
+    assert sha256(again) == sha256(cfg)
+
+
+def test_hash_tells_configurations_apart_but_not_places():
+    cfg = get_config()
+    assert sha256(get_config(overrides=["OUTPUT_DIR", "elsewhere"])) == sha256(cfg)
+    assert sha256(get_config(overrides=["SEED", "1"])) != sha256(cfg)
+
+
+def test_base_then_file_then_overrides(tmp_path):
+    write(tmp_path / "a.yaml", "SOLVER:\n  BASE_LR: 0.1\n  MAX_ITER: 10\n  STEPS: (5,)\nSEED: 3")
+    write(tmp_path / "b.yaml", "SOLVER: {BASE_LR: 0.2}")
+    file = write(tmp_path / "c.yaml", "_BASE_: [a.yaml, b.yaml]\nSOLVER: {MAX_ITER: 20}")
+    cfg = get_config(file, ["SOLVER.MOMENTUM", "0.5"])
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (0.2, 20, (5,))
+    assert (cfg.SOLVER.MOMENTUM, cfg.SEED) == (0.5, 3)
+
+
+def test_configurations_are_frozen_and_independent():
+    cfg = get_config()
+    with pytest.raises(AttributeError):
+        cfg.SEED = 1
+    assert get_config(overrides=["SEED", "7"]).SEED == 7 and get_config().SEED == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["SOLVER.BASE_LRR", "1"], ["SOLVER.BASE_LRR", "SOLVER.BASE_LR?"]),
+        (["SOLVER.STEPS", "5"], ["SOLVER.STEPS", "tuple"]),
+        (["SOLVER.STEPS", "(9, 5)"], ["SOLVER.STEPS", "rise"]),
+        (["SOLVER", "5"], ["SOLVER", "section"]),
+        (["SEED"], ["SEED", "pairs"]),
+        (["DTYPE", "float8"], ["DTYPE", "bfloat16"]),
+        (["MODEL.BACKBONE.CONV_BODY", "R-50-FPN"], ["USE_FPN"]),
+        (["MODEL.BACKBONE.CONV_BODY", "VGG"], ["CONV_BODY", "R-50"]),
+        (["MODEL.KEYPOINT_ON", "True"], ["KEYPOINT_ON"]),
+        (["SOLVER.IMS_PER_BATCH", "0"], ["IMS_PER_BATCH"]),
+        (["SOLVER.ACCUMULATE_STEPS", "3"], ["divisible"]),
+    ],
+)
+def test_errors_name_the_key_and_the_way_out(overrides, words):
+    with pytest.raises(ConfigError) as error:
+        get_config(overrides=overrides)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("MODEL.ROI_BOX_HEAD.POOLER_SCALES", "(0.25, 0.125)", "POOLER_SCALES"),
+        ("MODEL.RPN.ANCHOR_STRIDE", "(4, 8)", "ANCHOR_STRIDE"),
+        ("MODEL.RPN.ANCHOR_SIZES", "(32, 64)", "ANCHOR_SIZES"),
+        ("MODEL.ROI_MASK_HEAD.RESOLUTION", "14", "RESOLUTION"),
+        ("DATALOADER.SIZE_DIVISIBILITY", "16", "SIZE_DIVISIBILITY"),
+        ("MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR", "True", "SHARE_BOX_FEATURE_EXTRACTOR"),
+        ("MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", "ResNet50Conv5ROIFeatureExtractor", "FEATURE_EXTRACTOR"),
+    ],
+)
+def test_keys_of_a_pyramid_must_agree(key, value, word):
+    with pytest.raises(ConfigError, match=word):
+        get_config(ROOT / "configs" / "e2e_mask_rcnn_R_50_FPN_1x.yaml", [key, value])
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml"):
+        get_config(tmp_path / "nothing.yaml")
+    with pytest.raises(ConfigError, match="not valid yaml"):
+        get_config(write(tmp_path / "bad.yaml", "a: [1"))
+    with pytest.raises(ConfigError, match="mapping"):
+        get_config(write(tmp_path / "list.yaml", "- 1"))
+    with pytest.raises(ConfigError, match=r"missing\.yaml.*child\.yaml"):
+        get_config(write(tmp_path / "child.yaml", "_BASE_: missing.yaml"))
+    write(tmp_path / "one.yaml", "_BASE_: two.yaml")
+    with pytest.raises(ConfigError, match="circle"):
+        get_config(write(tmp_path / "two.yaml", "_BASE_: one.yaml"))
+
+
+def test_upstream_names(tmp_path):
+    """Old names and the MLPerf forks' keys, in upstream's own spelling (tuples as text)."""
+    file = write(
+        tmp_path / "upstream.yaml",
+        """
+MODEL:
+  META_ARCHITECTURE: "GeneralizedRCNN"
+  BACKBONE: {CONV_BODY: "R-50-FPN", OUT_CHANNELS: 256}
+  RESNETS: {TRANS_FUNC: "BottleneckWithGN", STEM_FUNC: "StemWithGN"}
+  RPN:
+    USE_FPN: True
+    ANCHOR_STRIDE: (4, 8, 16, 32, 64)
+  ROI_HEADS: {USE_FPN: True}
+  ROI_BOX_HEAD:
+    POOLER_SCALES: (0.25, 0.125, 0.0625, 0.03125)
+    FEATURE_EXTRACTOR: "FPN2MLPFeatureExtractor"
+    PREDICTOR: "FPNPredictor"
+DATALOADER: {SIZE_DIVISIBILITY: 32}
+SOLVER: {BASE_LR: 2e-2}
+SAVE_CHECKPOINTS: False
+PER_EPOCH_EVAL: True
+MLPERF: {MIN_BBOX_MAP: 0.377, MIN_SEGM_MAP: 0.339}
+DTYPE: "float16"
+""",
+    )
+    cfg = get_config(file)
+    assert cfg.MODEL.RESNETS.BACKBONE_OUT_CHANNELS == 256
+    assert cfg.MODEL.RESNETS.NORM == "GN"
+    assert cfg.SOLVER.BASE_LR == 0.02
+    assert cfg.MLPERF.MIN_BBOX_MAP == 0.377
+    with pytest.raises(ConfigError, match="TRANS_FUNC"):
+        get_config(overrides=["MODEL.RESNETS.TRANS_FUNC", "BottleneckWithMagic"])

@@ -1,0 +1,226 @@
+"""The detector's parts: anchors, sampling, schedules of shapes, and the two ways to treat padding."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskrcnn_benchmark.config import get_config
+from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.models.anchors import AnchorGenerator, cell_anchors
+from maskrcnn_benchmark.models.build import build_model
+from maskrcnn_benchmark.models.layers import FrozenBatchNorm2d, conv_norm
+from maskrcnn_benchmark.models.resnet import ResNet
+from maskrcnn_benchmark.models.rpn import best_of_batch, inside
+from maskrcnn_benchmark.models.sampling import sample
+from maskrcnn_benchmark.structures import Detections, ImageBatch, PolygonBatch, Targets
+
+SMALL = ROOT / "configs" / "e2e_mask_rcnn_R_18_FPN_small.yaml"
+TINY = [
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "16", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
+    *("MODEL.RESNETS.BACKBONE_OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM", "64"),
+    *("MODEL.ROI_MASK_HEAD.CONV_LAYERS", "(32,)", "MODEL.ROI_BOX_HEAD.NUM_CLASSES", "4"),
+]
+C4 = [
+    *("MODEL.BACKBONE.CONV_BODY", "R-50-C4", "MODEL.MASK_ON", "True", "MODEL.ROI_BOX_HEAD.NUM_CLASSES", "4"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "32", "MODEL.RESNETS.WIDTH_PER_GROUP", "8"),
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.BACKBONE_OUT_CHANNELS", "128"),
+]
+
+
+def make_batch(counts: tuple[int, ...] = (2, 0, 1)) -> tuple[ImageBatch, Targets]:
+    """Three images of noise with square objects, padded."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (len(counts), 3, 96, 128), generator=generator, dtype=torch.uint8)
+    sizes = torch.tensor([[96, 128], [80, 100], [64, 128]])[: len(counts)]
+    groups = max(*counts, 1)
+    boxes, labels = torch.zeros(len(counts), groups, 4), torch.zeros(len(counts), groups, dtype=torch.long)
+    valid, points, ends = torch.zeros(len(counts), groups, dtype=torch.bool), [], [0]
+    for image, count in enumerate(counts):
+        for g in range(groups):
+            if g < count:
+                x, y, side = 10.0 + 30 * g, 8.0 + 5 * g, 24.0 + 10 * g
+                boxes[image, g] = torch.tensor([x, y, x + side, y + side])
+                labels[image, g], valid[image, g] = 1 + g, True
+                points += [[x, y], [x + side, y], [x + side, y + side], [x, y + side]]
+            ends.append(len(points) // 4)
+    packed = PolygonBatch(
+        torch.tensor(points).reshape(-1, 2), torch.arange(0, len(points) + 1, 4), torch.tensor(ends)
+    )
+    images = ImageBatch(pixels, sizes, [tuple(s) for s in sizes.tolist()], list(range(len(counts))))
+    return images, Targets(boxes, labels, valid, packed)
+
+
+def model_of(config, overrides, **device_changes):
+    torch.manual_seed(0)
+    device = dataclasses.replace(get_device("cpu"), **device_changes)
+    return build_model(get_config(config, overrides), device)
+
+
+def step(model, batch) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    losses = model(*batch)
+    sum(losses.values()).backward()
+    return {k: v.item() for k, v in losses.items()}, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("config", "overrides"), [(SMALL, TINY), (None, C4)], ids=["FPN", "C4"])
+def test_padding_dropped_or_kept_gives_the_same_losses_and_gradients(config, overrides):
+    compact = step(model_of(config, overrides, compacts=True), make_batch())
+    padded = step(model_of(config, overrides, compacts=False), make_batch())
+    assert compact[0] == pytest.approx(padded[0], rel=1e-5)
+    assert set(compact[0]) == {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
+    for name, gradient in compact[1].items():
+        scale = gradient.abs().max().clamp(min=1e-6)
+        assert (gradient - padded[1][name]).abs().max() / scale < 1e-4, name
+
+
+@pytest.mark.parametrize("compacts", [True, False])
+def test_images_without_objects_give_finite_losses_and_every_gradient(compacts):
+    """Every head stays in the graph on every rank, or ranks would wait for each other's gradients for ever."""
+    losses, gradients = step(model_of(SMALL, TINY, compacts=compacts), make_batch((0, 0)))
+    assert all(math.isfinite(value) for value in losses.values())
+    assert losses["loss_mask"] == losses["loss_box_reg"] == losses["loss_rpn_box_reg"] == 0
+    assert all(g is not None and g.isfinite().all() for g in gradients.values())
+
+
+@pytest.mark.parametrize("compacts", [True, False])
+@pytest.mark.parametrize(("config", "overrides"), [(SMALL, TINY), (None, C4)], ids=["FPN", "C4"])
+def test_detections_lie_in_their_images(config, overrides, compacts):
+    model = model_of(config, [*overrides, "MODEL.ROI_HEADS.SCORE_THRESH", "0.0"], compacts=compacts).eval()
+    images, _ = make_batch()
+    with torch.no_grad():
+        detections = model(images)
+    assert isinstance(detections, Detections)
+    assert detections.boxes.shape == (3, 100, 4) and detections.valid.any(1).all()
+    limit = images.sizes.flip(1).repeat(1, 2)[:, None]
+    inside_image = (detections.boxes >= 0) & (detections.boxes <= limit)
+    assert inside_image[detections.valid].all()
+    assert (detections.scores.diff(dim=1)[detections.valid[:, 1:]] <= 0).all()
+    assert detections.masks.min() >= 0 and detections.masks.max() <= 1
+
+
+def test_an_image_is_detected_alike_alone_and_in_a_batch():
+    model = model_of(SMALL, [*TINY, "MODEL.ROI_HEADS.SCORE_THRESH", "0.0"]).eval()
+    images, _ = make_batch()
+    alone = ImageBatch(images.pixels[:1], images.sizes[:1], images.original_sizes[:1], images.image_ids[:1])
+    with torch.no_grad():
+        together, single = model(images), model(alone)
+    torch.testing.assert_close(together.boxes[0], single.boxes[0], atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(together.masks[0], single.masks[0], atol=1e-4, rtol=1e-4)
+
+
+def test_pixels_in_the_padding_do_not_matter():
+    model = model_of(SMALL, [*TINY, "MODEL.ROI_HEADS.SCORE_THRESH", "0.0"]).eval()
+    images, _ = make_batch()
+    noisy = dataclasses.replace(images, pixels=images.pixels.clone())
+    noisy.pixels[1, :, 80:] = 255
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).boxes, model(noisy).boxes)
+
+
+def test_upstream_parameter_names_and_shapes(shared):
+    """The Ascend fork's model is upstream's R-50-FPN: its published weights must load."""
+    import json
+
+    file = shared / "fixtures" / "maskrcnn_benchmark_e2e_mask_rcnn_R_50_FPN_1x.json"
+    theirs = {name: tuple(shape) for name, shape in json.loads(file.read_text())["state_dict"].items()}
+    model = model_of(ROOT / "configs" / "e2e_mask_rcnn_R_50_FPN_1x.yaml", ["MODEL.WEIGHT", ""])
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == theirs
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "GN"])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_resnet_strides_channels_and_freezing(depth, norm):
+    config = get_config(SMALL, ["MODEL.RESNETS.NORM", norm])
+    from maskrcnn_benchmark.models.build import build_norm
+
+    body = ResNet(depth, build_norm(config, norm), freeze_at=2)
+    maps = body(torch.zeros(1, 3, 64, 96))
+    width = 64 if depth == 18 else 256
+    assert [tuple(m.shape[1:]) for m in maps] == [(width * 2**i, 16 // 2**i, 24 // 2**i) for i in range(4)]
+    frozen = {name.split(".")[0] for name, p in body.named_parameters() if not p.requires_grad}
+    assert frozen == {"stem", "layer1"}
+    body.train()
+    assert not body.stem.training and not body.layer1.training and body.layer2.training
+
+
+@pytest.mark.parametrize(("in_1x1", "first", "middle"), [(True, 2, 1), (False, 1, 2)])
+def test_stride_in_1x1_or_3x3(in_1x1, first, middle):
+    body = ResNet(50, FrozenBatchNorm2d, stride_in_1x1=in_1x1)
+    block = body.layer2[0]
+    assert (block.conv1.stride[0], block.conv2.stride[0]) == (first, middle)
+
+
+def test_frozen_norm_folds_into_the_convolution():
+    torch.manual_seed(0)
+    conv, norm = torch.nn.Conv2d(5, 7, 3, bias=False), FrozenBatchNorm2d(7)
+    for name in ("weight", "bias", "running_mean"):
+        getattr(norm, name).normal_()
+    norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 5, 8, 8)
+    reference = torch.nn.functional.batch_norm(
+        conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+    )
+    torch.testing.assert_close(conv_norm(x, conv, norm), reference, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(norm(conv(x)), reference, atol=1e-5, rtol=1e-5)
+
+
+def test_anchors_by_hand():
+    # area 32^2; ratio .5 is wide: 45.25 x 22.63
+    expected = torch.tensor([[-22.6274, -11.3137, 22.6274, 11.3137], [-16, -16, 16, 16], [-11.3137, -22.6274, 11.3137, 22.6274]])
+    torch.testing.assert_close(cell_anchors((32,), (0.5, 1.0, 2.0)), expected, atol=1e-4, rtol=0)
+    assert cell_anchors((32,), (0.5,), "corners").tolist() == [[-23, -11, 23, 11]]
+    grid = AnchorGenerator(((2,),), (1.0,), (4,))([(2, 3)], (8, 12), torch.device("cpu"))[0]
+    assert grid.tolist() == [[x - 1, y - 1, x + 1, y + 1] for y in (0, 4) for x in (0, 4, 8)]
+
+
+def test_torchvision_grid_takes_its_stride_from_the_image():
+    """P6 of an image 800 high has 13 rows: 61 pixels apart in torchvision, 64 elsewhere."""
+    anchors = AnchorGenerator(((2,),), (1.0,), (64,), grid="image")([(13, 1)], (800, 64), torch.device("cpu"))[0]
+    assert anchors[1, 1] - anchors[0, 1] == 61
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    labels=st.lists(st.lists(st.sampled_from([1, 0, -1]), min_size=12, max_size=12), min_size=1, max_size=3),
+    size=st.integers(1, 20),
+    fraction=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+)
+def test_sampling_takes_what_the_rule_says(labels, size, fraction):
+    labels = torch.tensor(labels)
+    chosen = sample(labels, size, fraction)
+    for row, index, positive, valid in zip(labels, chosen.index, chosen.positive, chosen.valid):
+        positives = min(int((row == 1).sum()), int(size * fraction))
+        negatives = min(int((row == 0).sum()), size - positives)
+        assert int(positive.sum()) == positives and int(valid.sum()) == positives + negatives
+        assert positive[:positives].all() and valid[: positives + negatives].all()  # positives first, padding last
+        assert (row[index[positive]] == 1).all() and (row[index[valid & ~positive]] == 0).all()
+        assert len(set(index[valid].tolist())) == int(valid.sum())  # nothing twice
+
+
+def test_sampling_is_uniform():
+    counts = torch.zeros(6)
+    torch.manual_seed(0)
+    for _ in range(600):
+        chosen = sample(torch.tensor([[1, 1, 1, 0, 0, 0]]), 2, 0.5)
+        counts[chosen.index[0]] += 1
+    assert (counts - 200).abs().max() < 50  # 4.3 standard deviations
+
+
+def test_best_of_batch_counts_over_images():
+    scores = torch.tensor([[0.9, 0.8, 0.1], [0.7, 0.95, 0.2]])
+    valid = torch.tensor([[True, True, True], [True, False, True]])
+    assert best_of_batch(scores, valid, 3).tolist() == [[True, True, False], [True, False, False]]
+
+
+def test_anchors_across_the_border():
+    anchors = torch.tensor([[0.0, 0, 10, 10], [-1, 0, 10, 10], [0, 0, 20, 10], [5, 5, 19, 9]])
+    sizes = torch.tensor([[10, 20], [40, 40]])
+    assert inside(anchors, sizes, 0).tolist() == [[False, False, False, True], [True, False, True, True]]
