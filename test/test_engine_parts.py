@@ -1,0 +1,287 @@
+"""Learning rate, optimizer groups, checkpoints, weight import, loss window: the engine's parts on their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from maskrcnn_benchmark.config import get_config
+from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.engine import checkpoint
+from maskrcnn_benchmark.engine.metrics import LossWindow, MetricsWriter
+from maskrcnn_benchmark.engine.optim import make_optimizer, make_schedule, set_learning_rate
+from maskrcnn_benchmark.errors import CheckpointError, ConfigError, DeviceError, NonFiniteLossError
+from maskrcnn_benchmark.models import weights
+from maskrcnn_benchmark.models.build import build_model
+
+SMALL = ROOT / "configs" / "e2e_mask_rcnn_R_18_FPN_small.yaml"
+SCHEDULE = ["SOLVER.BASE_LR", "0.08", "SOLVER.MAX_ITER", "100", "SOLVER.STEPS", "(60, 80)"]
+
+
+# --------------------------------------------------------------------------------------------- schedule
+
+
+def test_warm_up_then_steps():
+    schedule = make_schedule(get_config(overrides=[*SCHEDULE, "SOLVER.WARMUP_ITERS", "10"]), 50)
+    assert schedule.lr(0) == pytest.approx(0.08 / 3)
+    assert schedule.lr(5) == pytest.approx(0.08 * (1 / 6 + 1 / 2))
+    assert [schedule.lr(i) for i in (10, 59)] == [0.08, 0.08]
+    assert [schedule.lr(i) for i in (60, 79, 80, 99)] == pytest.approx([0.008, 0.008, 0.0008, 0.0008])
+
+
+def test_other_warm_ups():
+    constant = make_schedule(get_config(overrides=[*SCHEDULE, "SOLVER.WARMUP_METHOD", "constant"]), 50)
+    assert constant.lr(3) == pytest.approx(0.08 / 3)
+    mlperf = ["SOLVER.WARMUP_METHOD", "mlperf_linear", "SOLVER.WARMUP_FACTOR", "0.001", "SOLVER.WARMUP_ITERS", "20"]
+    schedule = make_schedule(get_config(overrides=[*SCHEDULE, *mlperf]), 50)
+    assert [schedule.lr(i) for i in (0, 10, 20)] == pytest.approx([0.06, 0.07, 0.08])
+
+
+def test_cosine_falls_to_zero():
+    schedule = make_schedule(
+        get_config(overrides=[*SCHEDULE, "SOLVER.LR_SCHEDULER", "cosine", "SOLVER.WARMUP_ITERS", "0"]), 50
+    )
+    assert [schedule.lr(i) for i in (0, 50, 100)] == pytest.approx([0.08, 0.04, 0.0])
+
+
+def test_scaled_from_the_reference_batch(caplog):
+    """2 images a step instead of 16: an eighth of the rate, eight times the steps (USERS: published mAP on fewer cards)."""
+    changes = ["SOLVER.REFERENCE_IMS_PER_BATCH", "16", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "10"]
+    with caplog.at_level("INFO"):
+        schedule = make_schedule(get_config(overrides=[*SCHEDULE, *changes]), 50)
+    assert schedule.base_lr == pytest.approx(0.01)
+    assert (schedule.total, schedule.steps, schedule.warmup_iterations) == (800, (480, 640), 80)
+    assert "learning rate 0.01" in caplog.text and "scaled" in caplog.text
+
+
+def test_epochs_replace_iterations():
+    changes = ["SOLVER.MAX_EPOCHS", "4", "SOLVER.STEPS", "(2, 3)"]
+    schedule = make_schedule(get_config(overrides=[*SCHEDULE, *changes]), 50)
+    assert (schedule.total, schedule.steps) == (200, (100, 150))
+
+
+# -------------------------------------------------------------------------------------------- optimizer
+
+
+def test_biases_have_their_own_rate_and_decay():
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(get_config(), model, get_device("cpu"))
+    set_learning_rate(optimizer, 0.1)
+    others, biases = optimizer.param_groups
+    assert others["params"] == [model.weight] and biases["params"] == [model.bias]
+    assert (others["lr"], biases["lr"]) == (0.1, 0.2)
+    assert (others["weight_decay"], biases["weight_decay"]) == (0.0005, 0)
+
+
+def test_optimizers_by_name():
+    model, device = nn.Linear(2, 2), get_device("cpu")
+    assert isinstance(make_optimizer(get_config(overrides=["SOLVER.OPTIMIZER", "AdamW"]), model, device), torch.optim.AdamW)
+    assert make_optimizer(get_config(), model, device).defaults["fused"] is True
+    with pytest.raises(ConfigError, match="apex"):
+        make_optimizer(get_config(overrides=["SOLVER.OPTIMIZER", "ApexFusedSGD"]), model, device)
+
+
+# ------------------------------------------------------------------------------------------ loss window
+
+
+def losses(**values: float) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+def test_window_means_and_clears():
+    window = LossWindow()
+    window.add(1, losses(a=1.0, b=3.0), [7])
+    window.add(2, losses(a=2.0, b=5.0), [8])
+    assert window.read() == {"loss": 5.5, "a": 1.5, "b": 4.0}
+    window.add(3, losses(a=0.5, b=0.5), [9])
+    assert window.read()["loss"] == 1.0
+
+
+def test_non_finite_loss_names_step_loss_and_images():
+    window = LossWindow()
+    window.add(41, losses(loss_mask=1.0, loss_box_reg=1.0), [5, 6])
+    window.add(42, losses(loss_mask=math.nan, loss_box_reg=1.0), [7, 8])
+    window.add(43, losses(loss_mask=math.nan, loss_box_reg=math.inf), [9])
+    with pytest.raises(NonFiniteLossError, match=r"iteration 42: loss_mask = nan on rank 0, images \[7, 8\]"):
+        window.read()
+
+
+def test_metrics_of_steps_trained_again_are_cut(tmp_path):
+    first = MetricsWriter(tmp_path, tensorboard=False, iteration=0)
+    for done in (1, 2, 3):
+        first.write({"iter": done, "loss": 1.0})
+    first.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"iter": 4, "lo')  # killed in the middle of a line
+    second = MetricsWriter(tmp_path, tensorboard=False, iteration=2)
+    second.write({"iter": 3, "loss": 2.0})
+    second.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["iter"], line["loss"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    checkpoint.save(tmp_path, "model_0000001.pth", {"model": {}, "config": ""})
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoint.write_atomically(tmp_path / "model_0000001.pth", fail)
+    assert checkpoint.read(tmp_path / "model_0000001.pth")["model"] == {}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0000001.pth"]
+
+
+def test_newest_checkpoints_are_kept(tmp_path):
+    for done in (1, 2, 3):
+        checkpoint.save(tmp_path, f"model_{done:07d}.pth", {"model": {}, "config": ""})
+    checkpoint.save(tmp_path, "model_best.pth", {"model": {}, "config": ""}, last=False)
+    checkpoint.keep_newest(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["model_0000002.pth", "model_0000003.pth", "model_best.pth"]
+    assert checkpoint.last(tmp_path).name == "model_0000003.pth"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_truncated_checkpoint_is_an_error(tmp_path, share):
+    path = checkpoint.save(tmp_path, "model_final.pth", {"model": {"w": torch.zeros(1000)}, "config": ""})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(CheckpointError, match=r"cannot read .*model_final\.pth"):
+        checkpoint.read(path)
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+
+@pytest.fixture(scope="module")
+def small_model() -> nn.Module:
+    return build_model(get_config(SMALL), get_device("cpu"))
+
+
+def test_whole_models_must_match(tmp_path, small_model):
+    state = small_model.state_dict()
+    torch.save({"model": state}, tmp_path / "same.pth")
+    assert weights.load_weights(small_model, str(tmp_path / "same.pth")) == "maskrcnn_benchmark"
+    changed = dict(state)
+    changed["roi_heads.box.predictor.cls_score.weight"] = torch.zeros(5, 512)
+    torch.save(changed, tmp_path / "classes.pth")
+    with pytest.raises(CheckpointError, match=r"another model: .*cls_score\.weight is \(5, 512\) there and \(81, 512\)"):
+        weights.load_weights(small_model, str(tmp_path / "classes.pth"))
+    del changed["roi_heads.box.predictor.cls_score.weight"]
+    torch.save(changed, tmp_path / "missing.pth")
+    with pytest.raises(CheckpointError, match="1 missing"):
+        weights.load_weights(small_model, str(tmp_path / "missing.pth"))
+    torch.save({"x": torch.zeros(1)}, tmp_path / "foreign.pth")
+    with pytest.raises(CheckpointError, match="no known format"):
+        weights.load_weights(small_model, str(tmp_path / "foreign.pth"))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        weights.load_weights(small_model, str(tmp_path / "nothing.pth"))
+
+
+def test_code_in_a_weights_file_is_not_run(tmp_path, small_model):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"model": Attack()}, tmp_path / "attack.pth")
+    (tmp_path / "attack.pkl").write_bytes(pickle.dumps({"model": Attack()}))
+    with pytest.raises(CheckpointError):
+        weights.load_weights(small_model, str(tmp_path / "attack.pth"))
+    with pytest.raises(CheckpointError, match="ALLOW_PICKLE"):
+        weights.load_weights(small_model, str(tmp_path / "attack.pkl"))
+    with pytest.raises(CheckpointError, match="only arrays"):
+        weights.load_weights(small_model, str(tmp_path / "attack.pkl"), allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def detectron_backbone(body: nn.Module) -> dict[str, np.ndarray]:
+    """The names of Detectron's R-50.pkl, for a body with frozen norms."""
+    blobs = {"fc1000_w": np.zeros((1000, 8), np.float32), "fc1000_b": np.zeros(1000, np.float32)}
+    for name, tensor in body.state_dict().items():
+        parts = name.split(".")
+        if parts[-1].startswith("running"):
+            continue
+        norm = "bn" in parts[-2] or parts[-2] == "1"
+        leaf = {"weight": "bn_s" if norm else "w", "bias": "bn_b"}[parts[-1]]
+        if parts[0] == "stem":
+            key = f"conv1_{leaf}" if not norm else f"res_conv1_{leaf}"
+        elif parts[2] == "downsample":
+            key = f"res{int(parts[0][-1]) + 1}_{parts[1]}_branch1_{leaf}"
+        else:
+            key = f"res{int(parts[0][-1]) + 1}_{parts[1]}_branch2{'abc'[int(parts[2][-1]) - 1]}_{leaf}"
+        blobs[key] = tensor.numpy() + 1
+    return blobs
+
+
+@pytest.mark.parametrize("body", ["FPN", "C4"])
+def test_detectron_backbone_from_the_cache(tmp_path, monkeypatch, body):
+    """catalog:// never downloads: it says what to fetch and where to put it, and takes it from there."""
+    monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path))
+    name = f"e2e_mask_rcnn_R_50_{body}_1x.yaml"
+    cfg = get_config(ROOT / "configs" / name)
+    model = build_model(cfg, get_device("cpu"))
+    with pytest.raises(CheckpointError, match=rf"https://.*R-50\.pkl to {tmp_path}.*from scratch"):
+        weights.load_weights(model, cfg.MODEL.WEIGHT)
+    source = build_model(get_config(ROOT / "configs" / "e2e_mask_rcnn_R_50_FPN_1x.yaml"), get_device("cpu"))
+    blobs = detectron_backbone(source.backbone.body)
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": blobs}, protocol=2))
+    with pytest.raises(CheckpointError, match="ALLOW_PICKLE"):
+        weights.load_weights(model, cfg.MODEL.WEIGHT)
+    assert weights.load_weights(model, cfg.MODEL.WEIGHT, allow_pickle=True) == "detectron backbone"
+    loaded = model.state_dict()
+    np.testing.assert_array_equal(loaded["backbone.body.stem.conv1.weight"], blobs["conv1_w"])
+    np.testing.assert_array_equal(loaded["backbone.body.layer2.1.bn3.bias"], blobs["res3_1_branch2c_bn_b"])
+    res5 = "backbone.body." if body == "FPN" else "roi_heads.box.feature_extractor.head."
+    np.testing.assert_array_equal(loaded[res5 + "layer4.0.downsample.0.weight"], blobs["res5_0_branch1_w"])
+
+
+def test_torchvision_backbone(tmp_path):
+    cfg = get_config(ROOT / "configs" / "e2e_mask_rcnn_R_50_FPN_1x.yaml", ["MODEL.RESNETS.STRIDE_IN_1X1", "False"])
+    model = build_model(cfg, get_device("cpu"))
+    body = {k: v + 1 for k, v in model.backbone.body.state_dict().items()}
+    state = {name.removeprefix("stem."): tensor for name, tensor in body.items()}
+    state |= {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
+    state["bn1.num_batches_tracked"] = torch.tensor(5)
+    torch.save(state, tmp_path / "resnet50.pth")
+    assert weights.load_weights(model, str(tmp_path / "resnet50.pth")) == "torchvision backbone"
+    torch.testing.assert_close(model.backbone.body.state_dict(), body)
+
+
+# ---------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("name", ["cuda", "npu", "mps", "xpu", "tpu", "cuda:x"])
+def test_a_device_that_is_missing_stops_the_run(name):
+    try:
+        get_device(name)
+    except DeviceError as error:
+        assert "\n" not in str(error) and name.split(":")[0] in str(error)
+    else:
+        assert torch.accelerator.is_available()
+
+
+def test_low_precision_the_device_lacks_is_an_error():
+    with pytest.raises(DeviceError, match="float16"):
+        get_device("cpu").autocast(torch.float16)
+
+
+def test_no_device_is_named_outside_the_device_layer():
+    import re
+
+    names = re.compile(r"\.cuda\(|is_cuda|torch\.cuda|torch\.npu|torch_npu|[\"'](nccl|hccl)[\"']")
+    for folder in ("maskrcnn_benchmark", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if "device" not in path.relative_to(ROOT).parts:
+                found = [line for line in path.read_text().splitlines() if names.search(line)]
+                assert not found, f"{path}: {found[0]}"
