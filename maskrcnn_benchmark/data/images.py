@@ -70,7 +70,7 @@ def _decode(data: bytes, where: str) -> np.ndarray:
         raise DataError(f"{where} cannot be decoded: {error.err}") from error
     if image is None:
         raise DataError(f"{where} cannot be decoded by OpenCV")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _is_whole(data: bytes) -> bool:

@@ -1,0 +1,76 @@
+// Shared by the kernels of all devices' host code: includes, checks, and the geometry that more than one file needs.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+// One function compiled for several x86 instruction sets, chosen when it is loaded: wheels stay portable without
+// giving up wide vectors. Templates may carry it; GCC on Linux only.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define MULTIVERSION __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define MULTIVERSION
+#endif
+
+namespace maskrcnn_benchmark {
+
+using at::Tensor;
+
+// min, max and clamps are spelled as comparisons so that a NaN among the coordinates ends in a NaN area, as it does in
+// the composites, and so that compilers turn them into single vector instructions.
+template <typename T>
+inline T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+
+template <typename T>
+inline T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
+inline T at_least_zero(T value) {
+  return value < 0 ? T(0) : value;
+}
+
+template <typename T>
+struct Box {
+  T x1, y1, x2, y2;
+
+  T area() const {
+    return at_least_zero(x2 - x1) * at_least_zero(y2 - y1);
+  }
+};
+
+// Rounding must be that of the composites, operation by operation: results are compared with == there.
+template <typename T>
+inline T intersection(const Box<T>& a, const Box<T>& b) {
+  const T width = smaller(a.x2, b.x2) - larger(a.x1, b.x1);
+  const T height = smaller(a.y2, b.y2) - larger(a.y1, b.y1);
+  return at_least_zero(width) * at_least_zero(height);
+}
+
+// N boxes as five arrays, so that one box is compared with many by vector instructions. Unused places hold NaN, which
+// overlaps nothing.
+template <typename T>
+struct BoxArray {
+  std::vector<T> x1, y1, x2, y2, area;
+
+  explicit BoxArray(int64_t size) : x1(size, T(NAN)), y1(x1), x2(x1), y2(x1), area(x1) {}
+
+  void set(int64_t place, const Box<T>& box) {
+    x1[place] = box.x1;
+    y1[place] = box.y1;
+    x2[place] = box.x2;
+    y2[place] = box.y2;
+    area[place] = box.area();
+  }
+};
+
+} // namespace maskrcnn_benchmark
