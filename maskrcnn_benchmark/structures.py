@@ -42,6 +42,9 @@ class Batch:
     def pin_memory(self: B) -> B:
         return self._map(Tensor.pin_memory)
 
+    def share_memory(self: B) -> B:
+        return self._map(Tensor.share_memory_)
+
 
 @dataclass
 class ImageBatch(Batch):

@@ -20,6 +20,7 @@ from torch import Tensor
 from maskrcnn_benchmark.config import get_config, merge
 from maskrcnn_benchmark.config.checks import check
 from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.evaluation.coco import detections_to_coco
 from maskrcnn_benchmark.models.build import build_model
 from maskrcnn_benchmark.models.rcnn import RCNN
 from maskrcnn_benchmark.models.weights import convert
@@ -161,19 +162,18 @@ def test_detections(peer):
 
 def test_detected_masks(peer):
     """The peer's first eight masks, pasted into the image, against ours of the same detections."""
-    from maskrcnn_benchmark.evaluation.coco import detections_to_coco
-
+    if peer.name == "torchvision":
+        pytest.skip("torchvision truncates the box to whole pixels before it pastes; detectron2 does what we do")
     with torch.no_grad():
         detections = peer.model(peer.images)
     results = detections_to_coco(detections, peer.images, list(range(1, 101)))
     ours = np.stack([decode_rle(result["segmentation"]) for result in results]).astype(bool)
     scores = torch.tensor([result["score"] for result in results])
-    theirs = peer.arrays["det_masks"].reshape(-1, *ours.shape[1:]) >= 0.5
+    theirs = peer.arrays["det_masks"].astype(bool)
     for mask, score in zip(theirs, peer.tensor("det_scores")):
         candidates = ours[(scores - score).abs() < 1e-3]
         iou = (candidates & mask).sum((1, 2)) / np.maximum((candidates | mask).sum((1, 2)), 1)
-        # torchvision truncates the box to whole pixels before it pastes, detectron2 does what we do
-        assert iou.max() > (0.99 if peer.name == "detectron2" else 0.9) or mask.sum() < 30
+        assert iou.max() > 0.99
 
 
 def test_losses(peer):

@@ -189,9 +189,10 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 
 
 def test_accumulated_batches_equal_one_big_batch(run, tiny_config, tmp_path):
-    """SGD on the sum of two halves: the same images, so nearly the same step (sampling draws differ by batch)."""
+    """All images in one batch, or in two halves: the same losses, when every anchor is used and none is drawn."""
     everything = ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000")
     common = ("--config-file", tiny_config, "--device", "cpu", "--skip-test", "SOLVER.OPTIMIZER", "SGD", "SOLVER.MAX_ITER", "1")
+    common += ("SOLVER.IMS_PER_BATCH", "12", "INPUT.HORIZONTAL_FLIP_PROB_TRAIN", "0.0")
     common += (*everything, "SOLVER.CLIP_GRADIENTS_NORM", "0.0", "MODEL.RPN.LOSS_NORMALIZER", "batch")
     for steps in ("1", "2"):
         assert_ok(run(TRAIN, *common, "SOLVER.ACCUMULATE_STEPS", steps, "OUTPUT_DIR", tmp_path / steps))

@@ -68,7 +68,7 @@ def score_file(cfg: CfgNode, predictions: str) -> dict[str, Any]:
     results = load_results(predictions)
     dataset = next(iter(test_datasets(cfg).values()))
     tasks = ("bbox", "segm") if any("segmentation" in result for result in results) else ("bbox",)
-    return evaluate(dataset.annotation_file, results, tasks, cfg.TEST.EVALUATOR)
+    return evaluate(dataset.annotation_file, results, tasks, cfg.TEST.EVALUATOR, dataset.image_ids)
 
 
 if __name__ == "__main__":

@@ -14,25 +14,32 @@ namespace {
 constexpr int64_t kBlock = 1024;
 
 template <typename T>
-inline T iou_at(const BoxArray<T>& anchors, int64_t i, const Box<T>& gt, T gt_area) {
-  const Box<T> anchor{anchors.x1[i], anchors.y1[i], anchors.x2[i], anchors.y2[i]};
-  const T shared = intersection(gt, anchor);
-  const T joint = gt_area + anchors.area[i] - shared;
-  return joint > 0 ? shared / joint : T(0);
+MULTIVERSION void overlaps(const BoxArray<T>& anchors, const Box<T>& gt, T* __restrict__ iou) {
+  const T* x1 = anchors.x1.data();
+  const T* y1 = anchors.y1.data();
+  const T* x2 = anchors.x2.data();
+  const T* y2 = anchors.y2.data();
+  const T* area = anchors.area.data();
+  const Box<T> box = gt;
+  const T box_area = box.area();
+  for (int64_t i = 0; i < kBlock; ++i) {
+    const T shared = intersection(box, Box<T>{x1[i], y1[i], x2[i], y2[i]});
+    const T joint = box_area + area[i] - shared;
+    const T ratio = shared / joint;
+    iou[i] = joint > 0 ? ratio : T(0);
+  }
 }
 
-// Lets a ground truth compete for each anchor; returns its best IoU in the block.
+// Lets a ground truth compete for each anchor by its IoU; returns its best one in the block.
 template <typename T>
-MULTIVERSION T compete(const BoxArray<T>& anchors, const Box<T>& gt, int32_t number, T* best, int32_t* index) {
-  const T gt_area = gt.area();
+MULTIVERSION T compete(const T* __restrict__ iou, int32_t gt, T* __restrict__ best, int32_t* __restrict__ index) {
   T most = 0;
 #pragma omp simd reduction(max : most)
   for (int64_t i = 0; i < kBlock; ++i) {
-    const T overlap = iou_at(anchors, i, gt, gt_area);
-    const bool better = overlap > best[i];
-    best[i] = better ? overlap : best[i];
-    index[i] = better ? number : index[i];
-    most = overlap > most ? overlap : most;
+    const bool better = iou[i] > best[i];
+    best[i] = better ? iou[i] : best[i];
+    index[i] = better ? gt : index[i];
+    most = iou[i] > most ? iou[i] : most;
   }
   return most;
 }
@@ -102,14 +109,15 @@ class Matcher {
   }
 
   void match_block(int64_t i, const BoxArray<T>& block, int64_t* index, int8_t* label) {
-    T best[kBlock];
+    T iou[kBlock], best[kBlock];
     int32_t best_index[kBlock] = {};
     std::fill_n(best, kBlock, T(-1));
     const int64_t image = i / blocks_;
     for (int64_t gt = 0; gt < gt_count_; ++gt) {
       const int64_t row = image * gt_count_ + gt;
       if (gt_valid_[row]) {
-        block_best_[i * gt_count_ + gt] = compete(block, gt_boxes_[row], static_cast<int32_t>(gt), best, best_index);
+        overlaps(block, gt_boxes_[row], iou);
+        block_best_[i * gt_count_ + gt] = compete(iou, static_cast<int32_t>(gt), best, best_index);
       }
     }
     const int64_t first = image * anchor_count_ + first_anchor(i);
@@ -129,9 +137,10 @@ class Matcher {
 
   void mark_equal(int64_t i, const BoxArray<T>& block, const Box<T>& gt, T most, int8_t* label) const {
     const int64_t first = (i / blocks_) * anchor_count_ + first_anchor(i);
-    const T gt_area = gt.area();
+    T iou[kBlock];
+    overlaps(block, gt, iou);
     for (int64_t place = 0; place < anchors_in(i); ++place) {
-      if (iou_at(block, place, gt, gt_area) == most) {
+      if (iou[place] == most) {
         label[first + place] = 1;
       }
     }

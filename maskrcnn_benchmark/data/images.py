@@ -12,8 +12,8 @@ from PIL import Image
 from ..errors import DataError
 
 _EXIF_ORIENTATION = 0x0112
-_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
-_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+# First and last bytes of the formats of nearly every data set: JPEG and PNG
+_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}
 
 # EXIF orientation -> the same picture upright
 _UPRIGHT = {
@@ -58,26 +58,19 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None, image_id: 
 
 
 def _decode(data: bytes, where: str) -> np.ndarray:
-    if not _is_whole(data):
-        # OpenCV fills the missing part of a truncated file with gray and reports no error; PIL refuses it.
+    if any(data.startswith(start) and not data.endswith(end) for start, end in _ENDS.items()):
+        # OpenCV 4 fills the missing part of a truncated file with gray and reports no error; PIL refuses it.
         try:
             Image.open(io.BytesIO(data)).load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{where} is damaged or not an image: {error}") from error
+            raise DataError(f"{where} is damaged: {error}") from error
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
-        raise DataError(f"{where} cannot be decoded: {error.err}") from error
+        raise DataError(f"{where} is damaged or not an image: {error.err}") from error
     if image is None:
-        raise DataError(f"{where} cannot be decoded by OpenCV")
+        raise DataError(f"{where} is damaged or not an image")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _is_whole(data: bytes) -> bool:
-    """True for a JPEG or PNG file that ends with its end marker: the two formats of nearly every data set."""
-    return (data.startswith(_JPEG_START) and data.endswith(_JPEG_END)) or (
-        data.startswith(_PNG_START) and data.endswith(_PNG_END)
-    )
 
 
 def _orientation(data: bytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -29,7 +30,7 @@ class Polygons:
     def of(self, instance: int) -> list[np.ndarray]:
         """The polygons [p, 2] of one instance."""
         offsets = self.polygon_offsets[self.instance_offsets[instance] : self.instance_offsets[instance + 1] + 1]
-        return [self.points[start:end] for start, end in zip(offsets[:-1], offsets[1:])]
+        return [self.points[start:end] for start, end in pairwise(offsets)]
 
     def select(self, keep: np.ndarray) -> Polygons:
         """The instances where `keep` [G] bool is True."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,11 +36,19 @@ def process_group(device: Device) -> Iterator[None]:
     if "RANK" not in os.environ:
         yield
         return
+    _die_with_parent()
     dist.init_process_group(device.dist_backend)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _die_with_parent() -> None:
+    """Ranks have sessions of their own, so a killed torchrun would leave them training; Linux can end them with it."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of sys/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def barrier() -> None:

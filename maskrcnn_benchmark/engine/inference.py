@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 from torch import nn
 from yacs.config import CfgNode
@@ -19,6 +20,7 @@ from ..device import Device
 from ..errors import DataError
 from ..evaluation.coco import detections_to_coco, evaluate
 from ..report.console import progress
+from ..report.visualize import draw_results, side_by_side
 from . import distributed
 from .checkpoint import write_atomically
 
@@ -63,7 +65,8 @@ def evaluate_model(
     cfg: CfgNode, device: Device, model: nn.Module, datasets: dict[str, CocoDataset], output: Path
 ) -> dict[str, Any]:
     """Scores of the model: for the first data set `{"bbox": {...}, "segm": {...}, "eval_seconds": s}`, and those of
-    further ones under "datasets" by name; the same on every rank. Results are kept as OUTPUT/inference/NAME.json."""
+    further ones under "datasets" by name; the same on every rank. Results are kept as OUTPUT/inference/NAME.json, and
+    a few images with truth and predictions as OUTPUT/predictions/*.png."""
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     scores: dict[str, Any] = {}
     for name, dataset in datasets.items():
@@ -75,7 +78,8 @@ def evaluate_model(
             path.parent.mkdir(exist_ok=True)
             text = json.dumps(results)
             write_atomically(path, lambda file, text=text: file.write(text.encode()))
-            score = evaluate(dataset.annotation_file, results, tasks, cfg.TEST.EVALUATOR)
+            draw_pictures(dataset, results, output / "predictions", cfg.LOGGING.PREDICTION_IMAGES)
+            score = evaluate(dataset.annotation_file, results, tasks, cfg.TEST.EVALUATOR, dataset.image_ids)
         score = distributed.broadcast(score)
         score["eval_seconds"] = time.perf_counter() - started
         if scores:
@@ -83,3 +87,17 @@ def evaluate_model(
         else:
             scores = score
     return scores
+
+
+def draw_pictures(dataset: CocoDataset, results: list[dict[str, Any]], directory: Path, count: int) -> None:
+    """The data set's first `count` images, each with its annotations on the left and the detections on the right."""
+    directory.mkdir(exist_ok=True)
+    names = dict(zip(dataset.category_ids, dataset.category_names))
+    for index in range(min(count, len(dataset))):
+        image, image_id = dataset.load(index).image, dataset.image_ids[index]
+        found = [result for result in results if result["image_id"] == image_id]
+        truth = [annotation | {"score": 1.0} for annotation in dataset.annotations(index) if not annotation["iscrowd"]]
+        pictures = [draw_results(image, objects, names) for objects in (truth, found)]
+        picture = side_by_side(*pictures, ("ground truth", "predictions"))
+        _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        write_atomically(directory / f"{image_id}.png", lambda file, png=png: file.write(png.tobytes()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import time
@@ -251,8 +252,10 @@ def parallelize(model: nn.Module, device: Device) -> nn.Module:
     if distributed.world_size() == 1:
         return model
     running = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    exchange = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in 2.13
     ids = [device.torch_device] if device.torch_device.index is not None else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=running, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{exchange: running})
 
 
 def load_state(output: Path, model: nn.Module, optimizer, scaler, device: Device) -> dict[str, Any] | None:
@@ -281,7 +284,7 @@ def run_training(cfg: CfgNode, device: Device, resume: bool = False, skip_test: 
     """A whole run: train, evaluate, write result.json. Returns the run; its `scores` are empty without a test."""
     output = prepare_output(cfg)
     for op in environment.KERNELS:
-        logger.info("kernel of %s on %s: %s", op, device.type, ops.kernel_in_use(op, device.type))
+        ops.kernel_in_use(op, device.type)  # says so in the log
     run = build_run(cfg, device, output, resume)
     try:
         done = train(run)

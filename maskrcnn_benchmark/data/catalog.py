@@ -1,0 +1,132 @@
+"""Data set names -> class and paths."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from yacs.config import CfgNode
+
+from ..errors import ConfigError, DataError
+from .coco import CocoDataset
+from .transforms import Sample
+
+# Name -> (class, image directory, annotation file), relative to DATA.PATH or absolute
+CATALOG: dict[str, tuple[type, str, str]] = {
+    "coco_2014_train": (CocoDataset, "train2014", "annotations/instances_train2014.json"),
+    "coco_2014_val": (CocoDataset, "val2014", "annotations/instances_val2014.json"),
+    "coco_2014_minival": (CocoDataset, "val2014", "annotations/instances_minival2014.json"),
+    "coco_2014_valminusminival": (CocoDataset, "val2014", "annotations/instances_valminusminival2014.json"),
+    "coco_2017_train": (CocoDataset, "train2017", "annotations/instances_train2017.json"),
+    "coco_2017_val": (CocoDataset, "val2017", "annotations/instances_val2017.json"),
+}
+
+
+def add(name: str, image_dir: str | Path, annotation_file: str | Path, dataset_class: type = CocoDataset) -> None:
+    """Names a data set of your own for DATASETS.TRAIN and DATASETS.TEST. Paths are relative to DATA.PATH or absolute.
+
+    Raises ConfigError when the name stands for other paths already.
+    """
+    entry = (dataset_class, str(image_dir), str(annotation_file))
+    if CATALOG.setdefault(name, entry) != entry:
+        raise ConfigError(f"data set name {name!r} is taken already, for {CATALOG[name][2]}: choose another")
+
+
+def build_dataset(names: Sequence[str], cfg: CfgNode, training: bool) -> CocoDataset | JoinedDataset:
+    """The data sets of these names as one. `name[:10]` or `name[10:20]` takes a part of one, by place in its file.
+
+    Raises ConfigError (unknown name), DataError (files).
+    """
+    if not names:
+        raise ConfigError("no data set is named: fill DATASETS.TRAIN and DATASETS.TEST with names of data/catalog.py")
+    datasets, parts = [], []
+    for name in names:
+        name, part = _split_name(name)
+        datasets.append(_open(name, cfg, training))
+        parts.append(range(len(datasets[-1]))[part])
+        if not parts[-1]:
+            raise DataError(f"no image of {name} is in the part asked for: it has {len(datasets[-1])}")
+        check_same_categories(datasets[0], datasets[-1])
+    if len(datasets) == 1 and len(parts[0]) == len(datasets[0]):
+        return datasets[0]
+    return JoinedDataset(datasets, parts)
+
+
+def check_num_classes(cfg: CfgNode, dataset: CocoDataset | JoinedDataset) -> None:
+    """Raises ConfigError when the model does not predict as many classes as the data set has."""
+    configured = cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
+    if configured != dataset.num_classes:
+        raise ConfigError(
+            f"MODEL.ROI_BOX_HEAD.NUM_CLASSES is {configured}, but {dataset.annotation_file} has"
+            f" {len(dataset.category_ids)} categories and the background: set it to {dataset.num_classes}"
+        )
+
+
+def check_same_categories(first: CocoDataset | JoinedDataset, second: CocoDataset | JoinedDataset) -> None:
+    """Raises DataError when labels would mean different categories in two data sets."""
+    ours = dict(zip(first.category_ids, first.category_names))
+    theirs = dict(zip(second.category_ids, second.category_names))
+    differing = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    if differing:
+        i = differing[0]
+        raise DataError(
+            f"{first.annotation_file} and {second.annotation_file} differ in {len(differing)} categories; the first is"
+            f" id {i}: {ours.get(i, 'missing')!r} there, {theirs.get(i, 'missing')!r} here"
+        )
+
+
+class JoinedDataset:
+    """Parts of data sets of the same categories one after the other; attributes as CocoDataset's."""
+
+    def __init__(self, datasets: Sequence[CocoDataset], parts: Sequence[range]) -> None:
+        self.datasets = list(datasets)
+        self._places = [(number, index) for number, part in enumerate(parts) for index in part]
+        first = self.datasets[0]
+        self.category_ids, self.category_names = first.category_ids, first.category_names
+        self.num_classes = first.num_classes
+        self.image_ids = [self.datasets[number].image_ids[index] for number, index in self._places]
+        self.sizes = np.concatenate([d.sizes[list(part)] for d, part in zip(self.datasets, parts)])
+        self.counts = np.concatenate([d.counts[list(part)] for d, part in zip(self.datasets, parts)])
+        self.annotation_file = " + ".join(d.annotation_file for d in self.datasets)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def load(self, index: int) -> Sample:
+        number, within = self._places[index]
+        return replace(self.datasets[number].load(within), image_index=index)
+
+    def annotations(self, index: int) -> list[dict[str, Any]]:
+        number, within = self._places[index]
+        return self.datasets[number].annotations(within)
+
+
+def _split_name(name: str) -> tuple[str, slice]:
+    """`coco_2017_train[:10]` -> ("coco_2017_train", slice(None, 10))."""
+    found = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", name)
+    if not found:
+        return name, slice(None)
+    return found[1], slice(*(int(bound) if bound else None for bound in found.group(2, 3)))
+
+
+def _open(name: str, cfg: CfgNode, training: bool) -> CocoDataset:
+    if name not in CATALOG:
+        near = difflib.get_close_matches(name, CATALOG, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ConfigError(f"unknown data set {name!r}{hint} Known are {', '.join(sorted(CATALOG))}")
+    dataset_class, image_dir, annotation_file = CATALOG[name]
+    root = Path(cfg.DATA.PATH).expanduser()
+    layout = f"DIR/{annotation_file} and DIR/{image_dir}/"
+    expected = f"data set {name} is expected as {layout}: set DATA.PATH or --data_path to DIR"
+    paths = [root / annotation_file, root / image_dir]
+    if not cfg.DATA.PATH and not all(Path(path).is_absolute() for path in (annotation_file, image_dir)):
+        raise DataError(f"DATA.PATH is empty; {expected}")
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path} does not exist; {expected}")
+    return dataset_class(paths[0], paths[1], training=training, masks=cfg.MODEL.MASK_ON)

@@ -1,0 +1,287 @@
+"""Batches: samples padded into structures, read by worker processes, moved to the device one batch ahead."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from yacs.config import CfgNode
+
+from ..device import Device
+from ..errors import ConfigError, DataError, UserError
+from ..structures import BitmapBatch, ImageBatch, PolygonBatch, Targets
+from .coco import CocoDataset
+from .samplers import InferenceSampler, TrainSampler
+from .transforms import Compose, Sample, build_transforms, offsets_of
+
+# Epoch, place of the batch's first sample in the epoch over all ranks, image indices
+Job = tuple[int, int, list[int]]
+
+
+def collate(
+    samples: Sequence[Sample], size_divisibility: int, fixed_shapes: Sequence[tuple[int, int]]
+) -> tuple[ImageBatch, Targets]:
+    """Samples as one padded batch.
+
+    size_divisibility: height and width are padded to a multiple of it; 0 or 1: to the largest image.
+    fixed_shapes: (height, width) pairs; when there are any, the smallest that holds every image is taken instead.
+    Pixels are uint8 in channels-last memory. G is the greatest number of objects, at least 1. Masks are polygons, or
+    bitmaps for the whole batch when a sample has bitmaps.
+    Raises DataError when no fixed shape holds the images.
+    """
+    height, width = _padded_size(samples, size_divisibility, fixed_shapes)
+    pixels = np.zeros((len(samples), height, width, 3), np.uint8)
+    most = max(1, *(len(sample.boxes) for sample in samples))
+    boxes = np.zeros((len(samples), most, 4), np.float32)
+    labels = np.zeros((len(samples), most), np.int64)
+    valid = np.zeros((len(samples), most), bool)
+    for row, sample in enumerate(samples):
+        (h, w), count = sample.size, len(sample.boxes)
+        pixels[row, :h, :w] = sample.image
+        boxes[row, :count], labels[row, :count], valid[row, :count] = sample.boxes, sample.labels, True
+    images = ImageBatch(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        torch.tensor([sample.size for sample in samples]),
+        [sample.original_size for sample in samples],
+        [sample.image_id for sample in samples],
+    )
+    masks = _collate_masks(samples, most, height, width)
+    return images, Targets(torch.from_numpy(boxes), torch.from_numpy(labels), torch.from_numpy(valid), masks)
+
+
+def _padded_size(
+    samples: Sequence[Sample], size_divisibility: int, fixed_shapes: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    height, width = (max(sides) for sides in zip(*(sample.size for sample in samples)))
+    if fixed_shapes:
+        fitting = [(h, w) for h, w in fixed_shapes if h >= height and w >= width]
+        if not fitting:
+            raise DataError(
+                f"INPUT.FIXED_SHAPES {[tuple(shape) for shape in fixed_shapes]} has no (height, width) for a batch"
+                f" of {height} x {width} (image ids {[sample.image_id for sample in samples]})"
+            )
+        return min(fitting, key=lambda shape: shape[0] * shape[1])
+    multiple = max(1, size_divisibility)
+    return -(-height // multiple) * multiple, -(-width // multiple) * multiple
+
+
+def _collate_masks(samples: Sequence[Sample], most: int, height: int, width: int) -> PolygonBatch | BitmapBatch | None:
+    if all(sample.polygons is None and sample.bitmaps is None for sample in samples):
+        return None
+    if any(sample.bitmaps is not None for sample in samples):
+        bitmaps = np.zeros((len(samples), most, height, width), np.uint8)
+        for row, sample in enumerate(samples):
+            (h, w), drawn = sample.size, sample.bitmaps
+            bitmaps[row, : len(sample.boxes), :h, :w] = sample.polygons.rasterize(h, w) if drawn is None else drawn
+        return BitmapBatch(torch.from_numpy(bitmaps))
+    polygons = [sample.polygons for sample in samples]
+    owned = np.zeros((len(samples), most), np.int64)
+    for row, p in enumerate(polygons):
+        owned[row, : len(p)] = np.diff(p.instance_offsets)
+    points_a_polygon = np.concatenate([np.diff(p.polygon_offsets) for p in polygons])
+    return PolygonBatch(
+        torch.from_numpy(np.concatenate([p.points for p in polygons])),
+        torch.from_numpy(offsets_of(points_a_polygon)),
+        torch.from_numpy(offsets_of(owned.ravel())),
+    )
+
+
+@dataclass
+class BatchReader(Dataset):
+    """What a worker does: a job -> a collated batch. Picklable, so that workers may be spawned."""
+
+    dataset: CocoDataset
+    transforms: Compose
+    size_divisibility: int
+    fixed_shapes: tuple[tuple[int, int], ...]
+    seed: int
+
+    def __getitem__(self, job: Job) -> tuple[ImageBatch, Targets] | UserError:
+        """An error is returned, not raised: torch would wrap it in a traceback of many lines."""
+        epoch, first, indices = job
+        try:
+            samples = []
+            for place, index in enumerate(indices, start=first):
+                # Not the worker's generator: then the number of workers would change the images.
+                rng = np.random.default_rng((self.seed % 2**63, epoch, place))
+                samples.append(self.transforms(self.dataset.load(index), rng))
+            batch = collate(samples, self.size_divisibility, self.fixed_shapes)
+        except UserError as error:
+            return error
+        return batch if get_worker_info() is None else _share(batch)
+
+
+def _share(batch: tuple[ImageBatch, Targets]) -> tuple[ImageBatch, Targets] | UserError:
+    """Moves a batch to shared memory here: where that is full, torch's queue would lose the batch and wait forever."""
+    try:
+        return tuple(part.share_memory() for part in batch)
+    except (RuntimeError, OSError) as error:
+        return DataError(f"a batch does not fit into shared memory: {_SHM_HINT} ({error})")
+
+
+_SHM_HINT = (
+    "lower DATALOADER.NUM_WORKERS or the batch size, or enlarge /dev/shm (docker run --shm-size=8g, or --ipc=host)"
+)
+
+
+class TrainLoader:
+    """Endless training batches from `start_iteration` on; see train_loader."""
+
+    def __init__(
+        self, reader: BatchReader, sampler: TrainSampler, images: np.ndarray, workers: int, device: Device, start: int
+    ) -> None:
+        self.reader, self.sampler, self.images = reader, sampler, images
+        self.workers, self.device, self.start = workers, device, start
+        self.iterations_per_epoch = sampler.batches_per_epoch
+
+    def __iter__(self) -> Iterator[tuple[ImageBatch, Targets]]:
+        return _one_ahead(_read(self.reader, self._jobs(), self.workers, self.device), self.device)
+
+    def _jobs(self) -> Iterator[Job]:
+        sampler = self.sampler
+        epoch, skipped = divmod(self.start, sampler.batches_per_epoch)
+        while True:
+            for number, batch in enumerate(sampler.epoch(epoch)):
+                first = (number * sampler.world_size + sampler.rank) * sampler.batch_size
+                if number >= skipped:
+                    yield epoch, first, self.images[batch].tolist()
+            epoch, skipped = epoch + 1, 0
+
+
+class InferenceLoader:
+    """Each image of this rank's share once; see test_loader."""
+
+    def __init__(self, reader: BatchReader, sampler: InferenceSampler, workers: int, device: Device) -> None:
+        self.reader, self.sampler, self.workers, self.device = reader, sampler, workers, device
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[ImageBatch, list[int]]]:
+        jobs = ((0, 0, indices) for indices in self.sampler)
+        batches = _one_ahead(_read(self.reader, jobs, self.workers, self.device), self.device)
+        for (images, _), indices in zip(batches, self.sampler):
+            yield images, indices
+
+
+def train_loader(
+    cfg: CfgNode, dataset: CocoDataset, device: Device, rank: int, world_size: int, start_iteration: int
+) -> TrainLoader:
+    """An iterable without end of (ImageBatch, Targets) on the device, from iteration `start_iteration` on.
+
+    An iteration is one micro-batch: SOLVER.IMS_PER_BATCH / world_size / SOLVER.ACCUMULATE_STEPS images. What it holds
+    depends on SEED, the iteration and the ranks alone, not on DATALOADER.NUM_WORKERS.
+    Raises ConfigError when the batch cannot be divided; iterating raises DataError (damaged image, dead worker).
+    """
+    parts = world_size * cfg.SOLVER.ACCUMULATE_STEPS
+    if cfg.SOLVER.IMS_PER_BATCH % parts:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not divisible by {world_size} ranks x"
+            f" SOLVER.ACCUMULATE_STEPS {cfg.SOLVER.ACCUMULATE_STEPS}"
+        )
+    images = _images_to_train(dataset.counts, cfg.DATALOADER.EMPTY_IMAGE_RATIO, cfg.SEED)
+    sampler = TrainSampler(
+        dataset.sizes[images],
+        cfg.SOLVER.IMS_PER_BATCH // parts,
+        rank,
+        world_size,
+        cfg.SEED,
+        cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+    )
+    reader = _reader(cfg, dataset, training=True)
+    return TrainLoader(reader, sampler, images, cfg.DATALOADER.NUM_WORKERS, device, start_iteration)
+
+
+def test_loader(cfg: CfgNode, dataset: CocoDataset, device: Device, rank: int, world_size: int) -> InferenceLoader:
+    """An iterable of (ImageBatch on the device, image indices): over all ranks each image once.
+
+    A batch has TEST.IMS_PER_BATCH / world_size images, rounded down, at least 1.
+    """
+    sampler = InferenceSampler(len(dataset), max(1, cfg.TEST.IMS_PER_BATCH // world_size), rank, world_size)
+    workers = min(cfg.DATALOADER.NUM_WORKERS, len(sampler))
+    return InferenceLoader(_reader(cfg, dataset, training=False), sampler, workers, device)
+
+
+test_loader.__test__ = False  # the name is the interface's; pytest would take it for a test
+
+
+def _reader(cfg: CfgNode, dataset: CocoDataset, training: bool) -> BatchReader:
+    shapes = tuple(tuple(shape) for shape in cfg.INPUT.FIXED_SHAPES)
+    return BatchReader(dataset, build_transforms(cfg, training), cfg.DATALOADER.SIZE_DIVISIBILITY, shapes, cfg.SEED)
+
+
+def _images_to_train(counts: np.ndarray, empty_ratio: float, seed: int) -> np.ndarray:
+    """Image indices: all with objects, and a share of those without, the same one on every rank."""
+    empty = np.flatnonzero(counts == 0)
+    kept = np.random.default_rng(seed % 2**63).permutation(empty)[: round(len(empty) * empty_ratio)]
+    return np.sort(np.concatenate([np.flatnonzero(counts), kept]))
+
+
+def _read(
+    reader: BatchReader, jobs: Iterable[Job], workers: int, device: Device
+) -> Iterator[tuple[ImageBatch, Targets]]:
+    """Batches on the host, in the order of the jobs, pinned where the device wants it."""
+    loader = DataLoader(
+        reader,
+        batch_size=None,
+        sampler=jobs,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_start_worker,
+        pin_memory=device.pinned_memory,
+        generator=torch.Generator(),  # or torch's global one is drawn from, and the run's random numbers shift
+    )
+    try:
+        with _keep_child_handler():
+            batches = iter(loader)
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if workers and str(error).startswith("DataLoader worker"):
+            raise DataError(f"a data worker died, perhaps out of memory; {_SHM_HINT}: {error}") from error
+        raise
+    finally:
+        batches = None  # ends the workers now: a traceback may keep this frame for long
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _start_worker(number: int) -> None:
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends the workers
+
+
+@contextmanager
+def _keep_child_handler() -> Iterator[None]:
+    """torch's handler for dead workers raises wherever the main thread happens to be, in the middle of a checkpoint
+    too. Without it the reader notices, within 5 seconds."""
+    handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+
+
+def _one_ahead(batches: Iterable[tuple[ImageBatch, Targets]], device: Device) -> Iterator[tuple[ImageBatch, Targets]]:
+    """Batches on the device; the copy of the next one is under way when a batch is handed out."""
+    ready = None
+    for batch in batches:
+        moving = tuple(part.to(device.torch_device, non_blocking=True) for part in batch)
+        if ready is not None:
+            yield ready
+        ready = moving
+    if ready is not None:
+        yield ready

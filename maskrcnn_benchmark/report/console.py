@@ -1,0 +1,215 @@
+"""What a run says while it works and when it ends: log lines, speed figures, the last lines on the screen."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from array import array
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..engine import distributed
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_PACKAGE = __name__.partition(".")[0]
+
+
+def setup_logging(output_dir: Path | None, rank: int, rank_logs: bool) -> logging.Logger:
+    """The package's logger. Calling it again replaces what the last call set up.
+
+    Rank 0 writes to stdout and OUTPUT_DIR/log.txt, the others only warnings to stderr. With `rank_logs` every rank also
+    writes OUTPUT_DIR/train_{rank}.log. Files are appended to. Python's warnings go the same ways.
+    """
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout if rank == 0 else sys.stderr)]
+    handlers[0].setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if output_dir is not None:
+        for name, wanted in (("log.txt", rank == 0), (f"train_{rank}.log", rank_logs)):
+            if wanted:
+                handlers.append(logging.FileHandler(Path(output_dir) / name, encoding="utf-8"))
+    formatter = logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+    logging.captureWarnings(True)
+    package = logging.getLogger(_PACKAGE)
+    for name in (_PACKAGE, "py.warnings"):
+        target = logging.getLogger(name)
+        for old in list(target.handlers):
+            target.removeHandler(old)
+            old.close()
+        for handler in handlers:
+            handler.setFormatter(formatter)
+            target.addHandler(handler)
+    package.setLevel(logging.INFO)
+    return package
+
+
+class TrainingMeter:
+    """How long steps take, from what the loop measured. Only counts: it never waits for a device.
+
+    images_per_iteration: images of a step over all ranks. warmup_steps: the first so many steps of this process take
+    no part in any speed figure. Times outside steps (evaluation, checkpoints) are never seen.
+    """
+
+    def __init__(
+        self, total_iterations: int, start_iteration: int, images_per_iteration: int, warmup_steps: int
+    ) -> None:
+        self.total_iterations = total_iterations
+        self.start_iteration = start_iteration
+        self.images_per_iteration = images_per_iteration
+        self.warmup_steps = warmup_steps
+        self._steps = array("d")
+        self._waits = array("d")
+        self._line = slice(0, 0)  # the steps that the last console line speaks of
+
+    def add(self, step_seconds: float, data_seconds: float) -> None:
+        """One step: its whole time, and the part of it spent waiting for data."""
+        self._steps.append(step_seconds)
+        self._waits.append(data_seconds)
+
+    def step_seconds(self) -> np.ndarray:
+        """Raw samples after the warm-up, float64 seconds."""
+        return np.array(self._steps[self.warmup_steps :], dtype=np.float64)
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Over all ranks, after the warm-up; None before a step was counted."""
+        return _divide(self.images_per_iteration, _mean(self.step_seconds()))
+
+    @property
+    def data_wait_share(self) -> float | None:
+        """Share of the step time spent waiting for data, 0..1, after the warm-up."""
+        return _divide(sum(self._waits[self.warmup_steps :]), float(self.step_seconds().sum()))
+
+    def eta(self) -> str:
+        """Training time left at the mean speed so far, as days and h:mm:ss."""
+        counted = self.step_seconds()
+        mean = _mean(counted if counted.size else np.array(self._steps))
+        if mean is None:
+            return "n/a"
+        left = self.total_iterations - self.start_iteration - len(self._steps)
+        return str(timedelta(seconds=round(mean * max(0, left))))
+
+    def recent(self) -> dict[str, float | None]:
+        """Means over the steps between the last two console lines, for metrics.jsonl: `time` and `data_time` in
+        seconds, `images_per_second` over all ranks.
+
+        Means, not medians: on a device that works behind the host's back, the step that logs also waits for the work
+        of those before it, so only their sum is true.
+        """
+        time = _mean(np.array(self._steps[self._line]))
+        return {
+            "time": time,
+            "data_time": _mean(np.array(self._waits[self._line])),
+            "images_per_second": _divide(self.images_per_iteration, time),
+        }
+
+    def console_line(self, iteration: int, losses: dict[str, float], lr: float, max_mem_mb: float) -> str:
+        """The line that a person and the launchers read, about the steps since the last one.
+
+        iteration: finished steps. losses: `loss`, their sum, first. max_mem_mb: peak device memory in MB.
+        """
+        self._line = slice(self._line.stop, len(self._steps))
+        recent = self.recent()
+        pairs = "  ".join(f"{name}: {value:.4f}" for name, value in losses.items())
+        return (
+            f"eta: {self.eta()} iter: {iteration}  {pairs}  "
+            f"time: {_show(recent['time'], 4)} data: {_show(recent['data_time'], 4)}  lr: {lr:.6g}  "
+            f"max mem: {max_mem_mb:.0f}  average_train_fps: {_show(self.images_per_second, 2)}"
+        )
+
+    def performance(self) -> dict[str, Any]:
+        """`performance` of result.json, but max_memory_mb and eval_seconds. None where no step was counted."""
+        counted = self.step_seconds()
+        percentiles = np.percentile(counted, (50, 90, 99)) * 1000 if counted.size else (None,) * 3
+        return {
+            "images_per_second": self.images_per_second,
+            "images_per_second_per_device": _divide(self.images_per_second, distributed.world_size()),
+            "step_ms": {
+                name: None if value is None else float(value) for name, value in zip(("p50", "p90", "p99"), percentiles)
+            },
+            "data_wait_share": self.data_wait_share,
+            "warmup_steps": self.warmup_steps,
+        }
+
+
+def final_lines(performance: dict[str, Any], results: dict[str, Any], training_seconds: float) -> str:
+    """The last lines on the screen. performance: of TrainingMeter; results: of evaluation.coco.evaluate, or empty."""
+    box, segm = ((results.get(task) or {}).get("AP") for task in ("bbox", "segm"))
+    return "\n".join(
+        [
+            "------------------ Final result ------------------",
+            f"Final Performance images/sec : {_show(performance.get('images_per_second'), 2)}",
+            f"Final Train Accuracy : {_show(segm if box is None else box, 3)}",
+            f"Final Box mAP : {_show(box, 3)}",
+            f"Final Segm mAP : {_show(segm, 3)}",
+            f"E2E Training Duration sec : {training_seconds:.0f}",
+        ]
+    )
+
+
+def case_log(
+    path: str | Path,
+    network: str,
+    rank_size: int,
+    batch_size: int,
+    device_type: str,
+    accuracy: bool,
+    fps: float | None,
+    training_time: float | None,
+    train_accuracy: float | None,
+    loss: float | None,
+    e2e_time: float,
+) -> Path:
+    """Writes CaseName.log, the Ascend ModelZoo's record of a run, into the directory `path`; returns the file.
+
+    batch_size: images a step over all ranks. accuracy: a full run (acc), not one for speed (perf). fps: images/s over
+    all ranks. training_time: of a step, ms. train_accuracy: AP, 0..1. e2e_time: seconds. None is written as n/a.
+    """
+    case = f"{network}_bs{batch_size}_{rank_size}p_{'acc' if accuracy else 'perf'}"
+    lines = {
+        "Network": network,
+        "RankSize": rank_size,
+        "BatchSize": batch_size,
+        "DeviceType": device_type,
+        "CaseName": case,
+        "ActualFPS": _show(fps, 2),
+        "TrainingTime": _show(training_time, 2),
+        "TrainAccuracy": _show(train_accuracy, 4),
+        "ActualLoss": _show(loss, 4),
+        "E2ETrainingTime": f"{e2e_time:.0f}",
+    }
+    file = Path(path) / f"{case}.log"
+    file.write_text("".join(f"{key} = {value}\n" for key, value in lines.items()), encoding="utf-8")
+    return file
+
+
+def progress(iterable: Iterable[T], total: int, label: str) -> Iterator[T]:
+    """Passes the items on, and shows how far they are: a bar on the main rank's terminal, elsewhere a log line about
+    every tenth of the way."""
+    if distributed.is_main() and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(iterable, total=total, desc=label)
+        return
+    tenths = 0
+    for done, item in enumerate(iterable, start=1):
+        yield item
+        if done * 10 // max(total, 1) > tenths:
+            tenths = done * 10 // max(total, 1)
+            logger.info("%s: %d of %d", label, done, total)
+
+
+def _mean(samples: np.ndarray) -> float | None:
+    return float(samples.mean()) if samples.size else None
+
+
+def _divide(numerator: float | None, denominator: float | None) -> float | None:
+    return numerator / denominator if numerator is not None and denominator else None
+
+
+def _show(value: float | None, digits: int) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,106 @@
+"""Installs maskrcnn_benchmark and builds its compiled kernels, when a C++ compiler and torch are there.
+
+    pip install --no-build-isolation -e .     with the torch of this environment: builds the kernels
+    python setup.py build_ext --inplace       builds the kernels alone
+
+Without the kernels the package works through slower composites. MASKRCNN_REQUIRE_EXT=1 makes a failure to build them
+stop the build. CUDA sources are compiled where torch is a CUDA build and a CUDA toolkit is found; FORCE_CUDA=1 insists.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.errors import BaseError
+
+ROOT = Path(__file__).resolve().parent
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:  # an isolated build environment holds what pyproject.toml requires, and torch is not in it
+    torch = None
+
+
+def version() -> str:
+    text = (ROOT / "maskrcnn_benchmark" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+def give_up(reason: str) -> None:
+    """Go on without the kernels, or stop if they are required."""
+    if os.environ.get("MASKRCNN_REQUIRE_EXT") == "1":
+        sys.exit(f"error: maskrcnn_benchmark: the compiled kernels are required, but {reason}")
+    print(f"warning: maskrcnn_benchmark: no compiled kernels, slower composites will serve: {reason}", file=sys.stderr)
+
+
+def sources(pattern: str) -> list[str]:
+    """Relative to setup.py, as setuptools wants them."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+
+
+def compile_flags() -> list[str]:
+    if sys.platform == "win32":
+        return ["/O2", "/std:c++20", "/fp:precise", "/openmp"]
+    # No contraction: kernels and composites must round alike, and a fused multiply-add rounds once instead of twice.
+    # The two others let the compiler turn comparisons of floats into vector instructions.
+    flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    return flags + (["-fopenmp"] if sys.platform == "linux" else [])
+
+
+def extensions() -> list:
+    os.chdir(ROOT)
+    if torch is None:
+        give_up("torch cannot be imported here; `pip install --no-build-isolation .` builds them with your torch")
+        return []
+    cuda = sources("cuda/*.cu")
+    if cuda and ((torch.version.cuda and cpp_extension.CUDA_HOME) or os.environ.get("FORCE_CUDA") == "1"):
+        kind, flags = cpp_extension.CUDAExtension, {"cxx": compile_flags(), "nvcc": ["-O3"]}
+    else:
+        kind, flags, cuda = cpp_extension.CppExtension, {"cxx": compile_flags()}, []
+    link_flags = ["-fopenmp"] if sys.platform == "linux" else []
+    files = sources("*.cpp") + sources("cpu/*.cpp") + cuda
+    headers = sources("*.h")
+    return [kind("maskrcnn_benchmark._C", files, depends=headers, extra_compile_args=flags, extra_link_args=link_flags)]
+
+
+def build_command() -> dict:
+    if torch is None:
+        return {}
+
+    class BuildKernels(cpp_extension.BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except (BaseError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+                give_up(f"compiling them failed ({error})")
+                self.extensions = []  # or installing would look for the file
+
+    return {"build_ext": BuildKernels}
+
+
+setup(
+    name="maskrcnn_benchmark",
+    version=version(),
+    description="Mask R-CNN and its relatives for CPU, CUDA, NPU and other accelerators",
+    python_requires=">=3.10",
+    packages=find_packages(include=["maskrcnn_benchmark", "maskrcnn_benchmark.*"]),
+    install_requires=[
+        "torch>=2.8",
+        "numpy",
+        "yacs",
+        "PyYAML",
+        "opencv-python-headless",
+        "pillow",
+        "pycocotools",
+        "hotcoco",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={"test": ["pytest", "hypothesis", "ruff"], "compare": ["torchvision"]},
+    ext_modules=extensions(),
+    cmdclass=build_command(),
+)

@@ -1,0 +1,114 @@
+"""Which implementation serves an operator, and what happens when the compiled kernels are missing or broken."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from maskrcnn_benchmark import ops
+from maskrcnn_benchmark.errors import DeviceError
+from maskrcnn_benchmark.ops import library
+
+OPERATORS = [
+    *("nms", "match", "box_encode", "box_decode", "box_decode_backward", "roi_align", "roi_align_backward"),
+    *("polygon_targets", "paste_masks_rle"),
+]
+NMS = """
+import logging, torch
+logging.basicConfig(level=logging.INFO)
+from maskrcnn_benchmark import ops
+print(ops.kernel_in_use("nms", "cpu"))
+for _ in range(2):
+    print(ops.nms.nms_indices(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5).tolist())
+"""
+EXTENSION = next((ROOT / "maskrcnn_benchmark").glob("_C*.so"), None)
+needs_extension = pytest.mark.skipif(EXTENSION is None, reason="the compiled kernels are not built")
+
+
+def run_nms(mode: str, directory=ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", NMS]
+    environment = {"MASKRCNN_KERNELS": mode, "PATH": "/usr/bin:/bin"}
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@pytest.fixture
+def without_extension(tmp_path):
+    """A copy of the package that has no compiled kernels."""
+    target = tmp_path / "maskrcnn_benchmark"
+    target.mkdir()
+    for name in ("__init__.py", "errors.py"):
+        shutil.copy(ROOT / "maskrcnn_benchmark" / name, target)
+    shutil.copytree(ROOT / "maskrcnn_benchmark" / "ops", target / "ops")
+    return tmp_path
+
+
+@needs_extension
+@pytest.mark.skipif(library._MODE == "composite", reason="MASKRCNN_KERNELS=composite")
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_operator_has_a_cpu_kernel(op):
+    assert ops.kernel_in_use(op, "cpu") == "native"
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_operator_has_a_composite_for_the_other_devices(op):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"maskrcnn_benchmark::{op}", "CompositeExplicitAutograd")
+    assert ops.kernel_in_use(op, "mps") == "composite"
+
+
+def test_an_unknown_operator_is_an_error():
+    with pytest.raises(DeviceError, match="no operator maskrcnn_benchmark::bogus"):
+        ops.kernel_in_use("bogus", "cpu")
+
+
+def test_composite_mode_never_loads_the_kernels():
+    result = run_nms("composite")
+    assert result.stdout.split() == ["composite", "[0]", "[0]"], result.stderr
+    assert result.stderr.count("nms on cpu: composite kernel") == 1
+
+
+@needs_extension
+def test_native_mode_uses_the_kernels():
+    assert run_nms("native").stdout.split() == ["native", "[0]", "[0]"]
+
+
+def test_without_an_extension_auto_takes_composites_and_native_is_an_error(without_extension):
+    result = run_nms("auto", without_extension)
+    assert result.stdout.split() == ["composite", "[0]", "[0]"], result.stderr
+    assert "Warning" not in result.stderr
+    result = run_nms("native", without_extension)
+    assert result.returncode != 0
+    assert "DeviceError: MASKRCNN_KERNELS=native, but nms has no compiled kernel for cpu" in result.stderr
+
+
+@needs_extension
+def test_a_broken_extension_is_a_warning_or_in_native_mode_an_error(without_extension):
+    (without_extension / "maskrcnn_benchmark" / EXTENSION.name).write_bytes(EXTENSION.read_bytes()[:5000])
+    result = run_nms("auto", without_extension)
+    assert result.stdout.split() == ["composite", "[0]", "[0]"], result.stderr
+    assert result.stderr.count("RuntimeWarning: the compiled kernels maskrcnn_benchmark._C do not load") == 1
+    assert "pip install --no-build-isolation -e ." in result.stderr
+    result = run_nms("native", without_extension)
+    assert result.returncode != 0
+    assert "DeviceError: the compiled kernels" in result.stderr
+
+
+def test_an_unknown_mode_is_an_error():
+    assert "ConfigError: MASKRCNN_KERNELS='fast' is not known" in run_nms("fast").stderr
+
+
+@pytest.mark.parametrize("required", ["0", "1"])
+def test_a_build_without_a_compiler_warns_or_where_kernels_are_required_stops(tmp_path, required):
+    (tmp_path / "maskrcnn_benchmark").mkdir()
+    shutil.copy(ROOT / "maskrcnn_benchmark" / "__init__.py", tmp_path / "maskrcnn_benchmark")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    environment = {"CXX": "/no/compiler", "CC": "/no/compiler", "PATH": "/no", "MASKRCNN_REQUIRE_EXT": required}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+    assert (result.returncode == 0) == (required == "0"), result.stderr
+    lines = [line for line in result.stderr.splitlines() if "maskrcnn_benchmark: " in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: " if required == "1" else "warning: ")
