@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).resolve().parent
 
@@ -75,7 +75,7 @@ def build_command() -> dict:
         def run(self) -> None:
             try:
                 super().run()
-            except (BaseError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            except (BaseError, CCompilerError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
                 give_up(f"compiling them failed ({error})")
                 self.extensions = []  # or installing would look for the file
 

@@ -52,7 +52,7 @@ def test_cosine_falls_to_zero():
 
 
 def test_scaled_from_the_reference_batch(caplog):
-    """2 images a step instead of 16: an eighth of the rate, eight times the steps (USERS: published mAP on fewer cards)."""
+    """2 images a step instead of 16: an eighth of the rate, eight times the steps, and the log says so."""
     changes = ["SOLVER.REFERENCE_IMS_PER_BATCH", "16", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "10"]
     with caplog.at_level("INFO"):
         schedule = make_schedule(get_config(overrides=[*SCHEDULE, *changes]), 50)
@@ -82,7 +82,9 @@ def test_biases_have_their_own_rate_and_decay():
 
 def test_optimizers_by_name():
     model, device = nn.Linear(2, 2), get_device("cpu")
-    assert isinstance(make_optimizer(get_config(overrides=["SOLVER.OPTIMIZER", "AdamW"]), model, device), torch.optim.AdamW)
+    assert isinstance(
+        make_optimizer(get_config(overrides=["SOLVER.OPTIMIZER", "AdamW"]), model, device), torch.optim.AdamW
+    )
     assert make_optimizer(get_config(), model, device).defaults["fused"] is True
     with pytest.raises(ConfigError, match="apex"):
         make_optimizer(get_config(overrides=["SOLVER.OPTIMIZER", "ApexFusedSGD"]), model, device)
@@ -148,7 +150,11 @@ def test_newest_checkpoints_are_kept(tmp_path):
         checkpoint.save(tmp_path, f"model_{done:07d}.pth", {"model": {}, "config": ""})
     checkpoint.save(tmp_path, "model_best.pth", {"model": {}, "config": ""}, last=False)
     checkpoint.keep_newest(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.glob("*.pth")) == ["model_0000002.pth", "model_0000003.pth", "model_best.pth"]
+    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
+        "model_0000002.pth",
+        "model_0000003.pth",
+        "model_best.pth",
+    ]
     assert checkpoint.last(tmp_path).name == "model_0000003.pth"
 
 
@@ -176,7 +182,9 @@ def test_whole_models_must_match(tmp_path, small_model):
     changed = dict(state)
     changed["roi_heads.box.predictor.cls_score.weight"] = torch.zeros(5, 512)
     torch.save(changed, tmp_path / "classes.pth")
-    with pytest.raises(CheckpointError, match=r"another model: .*cls_score\.weight is \(5, 512\) there and \(81, 512\)"):
+    with pytest.raises(
+        CheckpointError, match=r"another model: .*cls_score\.weight is \(5, 512\) there and \(81, 512\)"
+    ):
         weights.load_weights(small_model, str(tmp_path / "classes.pth"))
     del changed["roi_heads.box.predictor.cls_score.weight"]
     torch.save(changed, tmp_path / "missing.pth")

@@ -248,18 +248,19 @@ class TestTraps:
         assert scores["bbox"]["AP"] == scores["segm"]["AP"] == scores["segm"]["AR150"] == pytest.approx(1.0)
         assert scores["bbox"]["APs"] == pytest.approx(1.0)
 
-    def test_a_box_does_not_decide_the_size_of_a_mask(self, evaluator):
-        """A thin ring of 800 pixels, small, in a box of 100 x 100, large: matched or not, it counts among the small."""
+    @pytest.mark.parametrize(("thickness", "area", "size"), [(2, 784, "APs"), (10, 3600, "APm")])
+    def test_a_box_does_not_decide_the_size_of_a_mask(self, evaluator, thickness, area, size):
+        """A ring in a box of 100 x 100, which is large: found or not, it counts by its mask's area."""
         ring = np.zeros((400, 600), np.uint8)
         ring[50:150, 60:160] = 1
-        ring[52:148, 62:158] = 0
-        truth = dataset([[60, 50, 100, 100]], area=int(ring.sum()), segmentation=encode(ring))
-        assert truth["annotations"][0]["area"] == 784
+        ring[50 + thickness : 150 - thickness, 60 + thickness : 160 - thickness] = 0
+        truth = dataset([[60, 50, 100, 100]], area=area, segmentation=encode(ring))
+        assert ring.sum() == area
         miss = {"image_id": 7, "category_id": 3, "bbox": [300, 200, 100, 100], "score": 0.99}
         miss["segmentation"] = encode(np.roll(ring, (150, 240), (0, 1)))
         scores = evaluate(truth, [miss, perfect(truth)[0] | {"score": 0.9}], ("segm",), evaluator)["segm"]
-        assert scores["APs"] == pytest.approx(0.5)  # the miss, a small one too, comes first
-        assert scores["APl"] is None
+        assert scores.pop(size) == pytest.approx(0.5)  # the miss is as large, and comes first
+        assert [scores[name] for name in ("APs", "APm", "APl") if name in scores] == [None, None]
 
     def test_crowd_absorbs(self, evaluator):
         """Results inside a crowd are neither right nor wrong; the crowd itself need not be found."""
@@ -381,6 +382,8 @@ def with_change(index: int, **changes) -> list[dict]:
         (with_change(3, category_id=1), "categories that are not in the ground truth: ids 1"),
         (with_change(3, segmentation=encode(np.ones((600, 400)))), r"results\[3\] .*400 pixels high and 600 wide"),
         (with_change(3, segmentation={"size": [400, 600], "counts": "0oo"}), r"results\[3\] .*no RLE"),
+        (with_change(3, segmentation=[1, "x"]), r"results\[3\] .*no RLE"),
+        (with_change(3, segmentation={"size": 400, "counts": "0"}), r"results\[3\] .*no RLE"),
     ],
 )
 def test_bad_results_are_named(results, message, evaluator):
@@ -398,6 +401,7 @@ def test_bad_results_are_named(results, message, evaluator):
         (lambda truth: truth["annotations"][2].update(image_id=9), r"annotations\[2\] names image id 9"),
         (lambda truth: truth["images"][0].pop("height"), "image id 7 has no 'height'"),
         (lambda truth: truth["images"][0].update(id="x"), "whole numbers"),
+        (lambda truth: truth["categories"].append({"id": "4", "name": "four"}), "whole numbers"),
         (lambda truth: truth["annotations"][2].update(bbox="none"), "annotation id 3"),
     ],
 )

@@ -183,7 +183,11 @@ def test_losses(peer):
         losses = peer.model(peer.images, targets)
     peer.model.eval()
     theirs = {key: float(peer.arrays[key]) for key in peer.arrays if key.startswith("loss/")}
-    renamed = {"loss/loss_cls": "loss_classifier", "loss/loss_rpn_cls": "loss_objectness", "loss/loss_rpn_loc": "loss_rpn_box_reg"}
+    renamed = {
+        "loss/loss_cls": "loss_classifier",
+        "loss/loss_rpn_cls": "loss_objectness",
+        "loss/loss_rpn_loc": "loss_rpn_box_reg",
+    }
     assert len(theirs) == len(losses) == 5
     for key, value in theirs.items():
         name = renamed.get(key, key.removeprefix("loss/"))
@@ -195,7 +199,7 @@ def make_targets(peer: Peer) -> Targets:
     labels = peer.tensor("gt_labels").long()
     if peer.name == "detectron2":
         labels = labels + 1
-        points = torch.tensor(sum(POLYGONS, []), dtype=torch.float32).reshape(-1, 2)
+        points = torch.tensor([v for polygon in POLYGONS for v in polygon], dtype=torch.float32).reshape(-1, 2)
         ends = torch.tensor([0] + [len(p) // 2 for p in POLYGONS]).cumsum(0)
         masks = PolygonBatch(points, ends, torch.arange(len(POLYGONS) + 1))
     else:

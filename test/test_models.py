@@ -15,7 +15,7 @@ from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.models.anchors import AnchorGenerator, cell_anchors
 from maskrcnn_benchmark.models.build import build_model
-from maskrcnn_benchmark.models.layers import FrozenBatchNorm2d, conv_norm
+from maskrcnn_benchmark.models.layers import FrozenBatchNorm2d, SyncBatchNorm2d, conv_norm
 from maskrcnn_benchmark.models.resnet import ResNet
 from maskrcnn_benchmark.models.rpn import best_of_batch, inside
 from maskrcnn_benchmark.models.sampling import sample
@@ -50,9 +50,7 @@ def make_batch(counts: tuple[int, ...] = (2, 0, 1)) -> tuple[ImageBatch, Targets
                 labels[image, g], valid[image, g] = 1 + g, True
                 points += [[x, y], [x + side, y], [x + side, y + side], [x, y + side]]
             ends.append(len(points) // 4)
-    packed = PolygonBatch(
-        torch.tensor(points).reshape(-1, 2), torch.arange(0, len(points) + 1, 4), torch.tensor(ends)
-    )
+    packed = PolygonBatch(torch.tensor(points).reshape(-1, 2), torch.arange(0, len(points) + 1, 4), torch.tensor(ends))
     images = ImageBatch(pixels, sizes, [tuple(s) for s in sizes.tolist()], list(range(len(counts))))
     return images, Targets(boxes, labels, valid, packed)
 
@@ -125,14 +123,66 @@ def test_pixels_in_the_padding_do_not_matter():
         torch.testing.assert_close(model(images).boxes, model(noisy).boxes)
 
 
-def test_upstream_parameter_names_and_shapes(shared):
-    """The Ascend fork's model is upstream's R-50-FPN: its published weights must load."""
+ASCEND_YAML = """
+MODEL:
+  META_ARCHITECTURE: "GeneralizedRCNN"
+  WEIGHT: "catalog://ImageNetPretrained/MSRA/R-50"
+  BACKBONE:
+    CONV_BODY: "R-50-FPN"
+    OUT_CHANNELS: 256
+  RPN:
+    USE_FPN: True
+    ANCHOR_STRIDE: (4, 8, 16, 32, 64)
+    PRE_NMS_TOP_N_TRAIN: 2000
+    PRE_NMS_TOP_N_TEST: 1000
+    POST_NMS_TOP_N_TEST: 1000
+    FPN_POST_NMS_TOP_N_TEST: 1000
+  ROI_HEADS:
+    USE_FPN: True
+  ROI_BOX_HEAD:
+    POOLER_RESOLUTION: 7
+    POOLER_SCALES: (0.25, 0.125, 0.0625, 0.03125)
+    POOLER_SAMPLING_RATIO: 2
+    FEATURE_EXTRACTOR: "FPN2MLPFeatureExtractor"
+    PREDICTOR: "FPNPredictor"
+  ROI_MASK_HEAD:
+    POOLER_SCALES: (0.25, 0.125, 0.0625, 0.03125)
+    FEATURE_EXTRACTOR: "MaskRCNNFPNFeatureExtractor"
+    PREDICTOR: "MaskRCNNC4Predictor"
+    POOLER_RESOLUTION: 14
+    POOLER_SAMPLING_RATIO: 2
+    RESOLUTION: 28
+    SHARE_BOX_FEATURE_EXTRACTOR: False
+  MASK_ON: True
+DATASETS:
+  TRAIN: ("coco_2017_train",)
+  TEST: ("coco_2017_val",)
+DATALOADER:
+  SIZE_DIVISIBILITY: 32
+SOLVER:
+  BASE_LR: 0.02
+  WEIGHT_DECAY: 0.0001
+  STEPS: (60000, 80000)
+  MAX_ITER: 90000
+DTYPE: "float16"
+SAVE_CHECKPOINTS: False
+PER_EPOCH_EVAL: True
+MLPERF:
+  MIN_BBOX_MAP: 0.377
+  MIN_SEGM_MAP: 0.339
+"""
+
+
+def test_upstream_parameter_names_and_shapes(shared, tmp_path):
+    """The Ascend fork's yaml builds upstream's R-50-FPN: its published weights must load."""
     import json
 
     file = shared / "fixtures" / "maskrcnn_benchmark_e2e_mask_rcnn_R_50_FPN_1x.json"
     theirs = {name: tuple(shape) for name, shape in json.loads(file.read_text())["state_dict"].items()}
-    model = model_of(ROOT / "configs" / "e2e_mask_rcnn_R_50_FPN_1x.yaml", ["MODEL.WEIGHT", ""])
-    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == theirs
+    (tmp_path / "ascend.yaml").write_text(ASCEND_YAML)
+    for config in (tmp_path / "ascend.yaml", ROOT / "configs" / "e2e_mask_rcnn_R_50_FPN_1x.yaml"):
+        model = model_of(config, [])
+        assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == theirs
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN", "GN"])
@@ -174,7 +224,9 @@ def test_frozen_norm_folds_into_the_convolution():
 
 def test_anchors_by_hand():
     # area 32^2; ratio .5 is wide: 45.25 x 22.63
-    expected = torch.tensor([[-22.6274, -11.3137, 22.6274, 11.3137], [-16, -16, 16, 16], [-11.3137, -22.6274, 11.3137, 22.6274]])
+    expected = torch.tensor(
+        [[-22.6274, -11.3137, 22.6274, 11.3137], [-16, -16, 16, 16], [-11.3137, -22.6274, 11.3137, 22.6274]]
+    )
     torch.testing.assert_close(cell_anchors((32,), (0.5, 1.0, 2.0)), expected, atol=1e-4, rtol=0)
     assert cell_anchors((32,), (0.5,), "corners").tolist() == [[-23, -11, 23, 11]]
     grid = AnchorGenerator(((2,),), (1.0,), (4,))([(2, 3)], (8, 12), torch.device("cpu"))[0]
@@ -224,3 +276,48 @@ def test_anchors_across_the_border():
     anchors = torch.tensor([[0.0, 0, 10, 10], [-1, 0, 10, 10], [0, 0, 20, 10], [5, 5, 19, 9]])
     sizes = torch.tensor([[10, 20], [40, 40]])
     assert inside(anchors, sizes, 0).tolist() == [[False, False, False, True], [True, False, True, True]]
+
+
+def sync_batch_norm_rank(rank: int, port: int, queue) -> None:
+    """One of two ranks with different numbers of images; its share of the gradients."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    x, norm = sync_batch_norm_input()
+    norm = SyncBatchNorm2d(4)
+    mine = x[:3] if rank == 0 else x[3:]
+    mine.requires_grad_()
+    (norm(mine) * torch.arange(mine[0].numel()).view(mine[0].shape)).sum().backward()
+    queue.put((rank, mine.grad.numpy(), norm.weight.grad.numpy(), norm.running_var.numpy()))
+    dist.destroy_process_group()
+
+
+def sync_batch_norm_input() -> tuple[torch.Tensor, torch.nn.BatchNorm2d]:
+    return torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(0)), torch.nn.BatchNorm2d(4)
+
+
+def test_sync_batch_norm_over_ranks_equals_batch_norm_over_all_images():
+    import socket
+
+    import torch.multiprocessing as mp
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=sync_batch_norm_rank, args=(rank, port, queue)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    results = sorted((queue.get(timeout=120) for _ in processes), key=lambda result: result[0])
+    for process in processes:
+        process.join()
+    x, norm = sync_batch_norm_input()
+    x.requires_grad_()
+    (norm(x) * torch.arange(x[0].numel()).view(x[0].shape)).sum().backward()
+    ours = torch.cat([torch.from_numpy(result[1]) for result in results])
+    torch.testing.assert_close(ours, x.grad, atol=1e-4, rtol=1e-4)
+    weight = sum(torch.from_numpy(result[2]) for result in results)
+    torch.testing.assert_close(weight, norm.weight.grad, atol=1e-4, rtol=1e-4)
+    for result in results:
+        torch.testing.assert_close(torch.from_numpy(result[3]), norm.running_var)

@@ -114,7 +114,7 @@ def test_composite_equals_the_kernel_over_several_blocks(monkeypatch, max_output
 
 def test_a_chain_of_overlaps_settles_in_the_composite():
     """Each box overlaps only its neighbours: every second one stays, and the answer travels down the whole chain."""
-    boxes = torch.arange(300.0)[:, None] * 4 + torch.tensor([0.0, 0, 10, 10])
+    boxes = torch.arange(300.0)[:, None] * torch.tensor([4.0, 0, 4, 0]) + torch.tensor([0.0, 0, 10, 10])
     inputs = one_image(boxes, torch.linspace(1, 0, 300))
     index, keep = nms_composite(*inputs, 0.3, 300)
     assert index[keep].tolist() == list(range(0, 300, 2)) == kept(inputs, 0.3, 300)

@@ -20,8 +20,17 @@ NAN, INF = float("nan"), float("inf")
 # Inside, across the border, outside, empty, inverted, larger than the image.
 BOXES = [
     *([2.0, 3, 17, 14], [1, 1, 4, 4], [-6, -5, 9, 40], [60, 70, 90, 95], [5, 5, 5, 5], [9, 8, 3, 2]),
-    *([-20, -30, 60, 50], [0, 0, 24, 20], [18, 0, 24.5, 1.5]),
+    *([-8, -10, 32, 34], [0, 0, 24, 20], [18, 0, 24.5, 1.5]),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """torch's index_add_, of which the composite is made, takes seconds with threads that wait for a busy core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def ramp(size: int = 5) -> torch.Tensor:
@@ -110,7 +119,8 @@ def test_equals_the_composite(dtype, channels_last, ratio, aligned):
     arguments = (grad, boxes, image, level, SCALES, ratio, aligned, 2, [10, 5], [12, 6], channels_last)
     for ours, composite in zip(OPS.roi_align_backward(*arguments), roi_align_backward_composite(*arguments)):
         assert ours.stride() == composite.stride()
-        torch.testing.assert_close(ours, composite, atol=2e-5, rtol=2e-5 if dtype.itemsize > 2 else None)
+        tolerance = 2e-5 if ours.dtype.itemsize > 2 else 2e-2
+        torch.testing.assert_close(ours, composite, atol=tolerance, rtol=tolerance)
 
 
 def test_half_precision_is_summed_in_float32():
@@ -131,31 +141,30 @@ def test_gradient(channels_last, ratio):
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_gradient_has_the_features_format_and_dtype_and_does_not_depend_on_threads(dtype, channels_last):
     boxes, image, level = rois()
-    threads = torch.get_num_threads()
     grads = []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            features = [feature.requires_grad_() for feature in pyramid(dtype, channels_last, channels=64)]
-            call(features, boxes, image, level, 2, True).square().sum().backward()
-            grads.append([feature.grad for feature in features])
-            for feature in features:
-                assert feature.grad.dtype == dtype
-                assert feature.grad.stride() == feature.stride()
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        features = [feature.requires_grad_() for feature in pyramid(dtype, channels_last, channels=64)]
+        call(features, boxes, image, level, 2, True).square().sum().backward()
+        grads.append([feature.grad for feature in features])
+        for feature in features:
+            assert feature.grad.dtype == dtype
+            assert feature.grad.stride() == feature.stride()
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-@pytest.mark.parametrize("function", [OPS.roi_align, roi_align_composite])
-def test_rows_without_an_image_or_a_level_give_zeros_and_no_gradient(function):
+def test_rows_without_an_image_or_a_level_give_zeros_and_no_gradient():
     features = [feature.requires_grad_() for feature in pyramid(torch.float32, True)]
     boxes = torch.tensor([[2.0, 3, 17, 14]]).repeat(5, 1)
     image, level = torch.tensor([-1, 2, 0, 0, 1]), torch.tensor([0, 0, -1, 2, 1])
-    pooled = function(features, boxes, image, level, SCALES, 3, 2, True)
+    pooled = call(features, boxes, image, level, 2, True)
     assert pooled.abs().amax(dim=(1, 2, 3)).gt(0).tolist() == [False] * 4 + [True]
+    torch.testing.assert_close(pooled, roi_align_composite(features, boxes, image, level, SCALES, 3, 2, True))
     pooled.sum().backward()
     assert [feature.grad.abs().sum().item() > 0 for feature in features] == [False, True]
+    arguments = (torch.ones_like(pooled), boxes, image, level, SCALES, 2, True, 2, [10, 5], [12, 6], True)
+    for feature, composite in zip(features, roi_align_backward_composite(*arguments)):
+        torch.testing.assert_close(feature.grad, composite)
 
 
 @pytest.mark.parametrize("ratio", [0, 2])
@@ -171,25 +180,26 @@ def test_boxes_that_are_no_boxes_pool_zeros_or_edges_but_never_crash(ratio, box)
 
 
 def test_a_huge_box_takes_a_bounded_number_of_samples():
-    features, first = [torch.ones(1, 1, 4, 4)], torch.zeros(1, dtype=torch.int64)
-    boxes = torch.tensor([[-1e6, -1e6, 1e6, 1e6], [-30.0, -30, 34, 34]]).repeat(1, 1)
-    rows = first.repeat(2)
+    features = [torch.ones(1, 1, 4, 4)]
+    boxes, rows = torch.tensor([[-1e6, -1e6, 1e6, 1e6], [-30.0, -30, 34, 34]]), torch.zeros(2, dtype=torch.int64)
     pooled = roi_align(features, boxes, rows, rows, [1.0], 1, 0, True)
     composite = roi_align_composite(features, boxes, rows, rows, [1.0], 1, 0, True)
     assert pooled.isfinite().all()
     torch.testing.assert_close(pooled, composite)
 
 
-@pytest.mark.parametrize("function", [OPS.roi_align, roi_align_composite])
-@pytest.mark.parametrize("batch, count", [(2, 0), (0, 0), (0, 3)])
+@pytest.mark.parametrize(("batch", "count"), [(2, 0), (0, 0), (0, 3)])
 @pytest.mark.parametrize("ratio", [0, 2])
-def test_no_boxes_or_no_images(function, batch, count, ratio):
-    features = [torch.ones(batch, 3, 4, 4, requires_grad=True)]
-    row = torch.zeros(count, dtype=torch.int64)
-    pooled = function(features, torch.ones(count, 4), row, row, [1.0], 2, ratio, True)
+def test_no_boxes_or_no_images(batch, count, ratio):
+    features, row = [torch.ones(batch, 3, 4, 4, requires_grad=True)], torch.zeros(count, dtype=torch.int64)
+    arguments = (features, torch.ones(count, 4), row, row, [1.0], 2, ratio, True)
+    pooled = roi_align(*arguments)
     assert torch.equal(pooled, torch.zeros(count, 3, 2, 2))
+    assert torch.equal(pooled, roi_align_composite(*arguments))
     pooled.sum().backward()
     assert torch.equal(features[0].grad, torch.zeros(batch, 3, 4, 4))
+    arguments = (pooled.detach(), torch.ones(count, 4), row, row, [1.0], ratio, True, batch, [4], [4], False)
+    assert torch.equal(roi_align_backward_composite(*arguments)[0], features[0].grad)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,16 @@ from conftest import ROOT
 
 from maskrcnn_benchmark.config import get_config
 
-METRICS = {"iter", "epoch", "loss", "loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
+METRICS = {
+    "iter",
+    "epoch",
+    "loss",
+    "loss_classifier",
+    "loss_box_reg",
+    "loss_mask",
+    "loss_objectness",
+    "loss_rpn_box_reg",
+}
 METRICS |= {"lr", "time", "data_time", "images_per_second", "max_memory_mb"}
 TRAIN = "tools/train_net.py"
 
@@ -51,7 +61,9 @@ def assert_user_error(result: subprocess.CompletedProcess, *words: str, status: 
 @pytest.fixture(scope="module")
 def trained(run, tiny_config, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     output = tmp_path_factory.mktemp("trained")
-    result = run(TRAIN, "--config-file", tiny_config, "--device", "cpu", "OUTPUT_DIR", output, "LOGGING.TENSORBOARD", "True")
+    result = run(
+        TRAIN, "--config-file", tiny_config, "--device", "cpu", "OUTPUT_DIR", output, "LOGGING.TENSORBOARD", "True"
+    )
     assert_ok(result)
     return output, result
 
@@ -125,7 +137,9 @@ def test_saved_predictions_are_scored(run, trained, tiny_config, tmp_path):
 def test_missed_expectations_fail_the_run(run, trained, tiny_config, tmp_path):
     expected = '[["bbox", "AP", [0.9, 0.001]]]'
     arguments = ("--config-file", tiny_config, "--device", "cpu", "OUTPUT_DIR", tmp_path)
-    result = run("tools/test_net.py", "--ckpt", trained[0] / "model_final.pth", *arguments, "TEST.EXPECTED_RESULTS", expected)
+    result = run(
+        "tools/test_net.py", "--ckpt", trained[0] / "model_final.pth", *arguments, "TEST.EXPECTED_RESULTS", expected
+    )
     assert_user_error(result, "bbox", "AP", "0.9", status=1)
 
 
@@ -166,7 +180,9 @@ def test_resume_continues_bit_for_bit(run, tiny_config, tmp_path, ranks):
 def assert_equal(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     for key in a:
-        assert_equal(a[key], b[key]) if isinstance(a[key], dict) else torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+        assert_equal(a[key], b[key]) if isinstance(a[key], dict) else torch.testing.assert_close(
+            a[key], b[key], rtol=0, atol=0
+        )
 
 
 def start(arguments: tuple, output: Path, ranks: int) -> subprocess.Popen:
@@ -191,7 +207,17 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 def test_accumulated_batches_equal_one_big_batch(run, tiny_config, tmp_path):
     """All images in one batch, or in two halves: the same losses, when every anchor is used and none is drawn."""
     everything = ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "100000")
-    common = ("--config-file", tiny_config, "--device", "cpu", "--skip-test", "SOLVER.OPTIMIZER", "SGD", "SOLVER.MAX_ITER", "1")
+    common = (
+        "--config-file",
+        tiny_config,
+        "--device",
+        "cpu",
+        "--skip-test",
+        "SOLVER.OPTIMIZER",
+        "SGD",
+        "SOLVER.MAX_ITER",
+        "1",
+    )
     common += ("SOLVER.IMS_PER_BATCH", "12", "INPUT.HORIZONTAL_FLIP_PROB_TRAIN", "0.0")
     common += (*everything, "SOLVER.CLIP_GRADIENTS_NORM", "0.0", "MODEL.RPN.LOSS_NORMALIZER", "batch")
     for steps in ("1", "2"):
@@ -203,7 +229,9 @@ def test_accumulated_batches_equal_one_big_batch(run, tiny_config, tmp_path):
 
 def test_bfloat16_follows_float32(run, tiny_config, tmp_path):
     for dtype in ("float32", "bfloat16"):
-        assert_ok(run(TRAIN, "--config-file", tiny_config, "--skip-test", "DTYPE", dtype, "OUTPUT_DIR", tmp_path / dtype))
+        assert_ok(
+            run(TRAIN, "--config-file", tiny_config, "--skip-test", "DTYPE", dtype, "OUTPUT_DIR", tmp_path / dtype)
+        )
     one, two = (losses_of(tmp_path / dtype)[0]["loss"] for dtype in ("float32", "bfloat16"))
     assert two == pytest.approx(one, rel=0.02)
 
@@ -230,7 +258,9 @@ def test_launcher_trains_on_two_ranks(run, shapes, tiny_config, tmp_path):
     assert_ok(result)
     assert "Final Performance images/sec : " in result.stdout
     case = (output / "MaskRCNN_bs2_2p_acc.log").read_text()
-    keys = "Network RankSize BatchSize DeviceType CaseName ActualFPS TrainingTime TrainAccuracy ActualLoss E2ETrainingTime"
+    keys = (
+        "Network RankSize BatchSize DeviceType CaseName ActualFPS TrainingTime TrainAccuracy ActualLoss E2ETrainingTime"
+    )
     assert [line.split(" = ")[0] for line in case.splitlines()] == keys.split()
     assert all(line.split(" = ")[1] for line in case.splitlines())
     assert (output / "train_0.log").stat().st_size > 0 and (output / "train_1.log").exists()
@@ -251,10 +281,8 @@ def test_killed_rank_ends_the_launcher(shapes, tiny_config, tmp_path):
         time.sleep(0.5)
         assert not [pid for pid in ranks if running(pid)]
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def children(pid: int) -> list[int]:
@@ -313,7 +341,9 @@ def test_wrong_weights(train_error, trained, tmp_path):
     train_error("MODEL.WEIGHT", tmp_path / "nothing.pth", words=("nothing.pth",))
     checkpoint = trained[0] / "model_final.pth"
     train_error("MODEL.WEIGHT", checkpoint, "MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM", "16", words=("another model",))
-    train_error("MODEL.WEIGHT", "catalog://ImageNetPretrained/MSRA/R-50", words=("download", "R-50.pkl", "from scratch"))
+    train_error(
+        "MODEL.WEIGHT", "catalog://ImageNetPretrained/MSRA/R-50", words=("download", "R-50.pkl", "from scratch")
+    )
 
 
 def test_truncated_image_is_named(run, tiny_config, shapes, tmp_path):
@@ -348,7 +378,17 @@ def test_nothing_of_torchvision_or_the_network_is_needed(run, tiny_config, tmp_p
     )
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = run(
-        *(TRAIN, "--config-file", tiny_config, "--device", "cpu", "OUTPUT_DIR", tmp_path / "out", "SOLVER.MAX_ITER", "1"),
+        *(
+            TRAIN,
+            "--config-file",
+            tiny_config,
+            "--device",
+            "cpu",
+            "OUTPUT_DIR",
+            tmp_path / "out",
+            "SOLVER.MAX_ITER",
+            "1",
+        ),
         env={"PYTHONPATH": paths},
     )
     assert_ok(result)

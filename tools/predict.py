@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package beside this file, installed or not
@@ -49,6 +50,7 @@ def main() -> int:
         except OSError as error:
             raise DataError(f"cannot create {directory}: {error.strerror}") from error
     results, failed = [], 0
+    often = {name for name, count in Counter(path.name for path in paths).items() if count > 1}
     for number, prediction in enumerate(progress(predict(predictor, paths, args.batch), len(paths), "predict")):
         if prediction.error:
             failed += 1
@@ -56,9 +58,14 @@ def main() -> int:
             continue
         prediction.results = [result for result in prediction.results if result["score"] >= args.threshold]
         if args.output:
-            draw(prediction, predictor.category_names, args.output, args.threshold)
+            # The suffix stays in the name: a.jpg and a.png are two images. So are x/a.jpg and y/a.jpg.
+            name = f"{number:04d}_{prediction.path.name}" if prediction.path.name in often else prediction.path.name
+            draw(prediction, predictor.category_names, args.output / f"{name}.png", args.threshold)
         for result in prediction.results:
-            names = {"file_name": str(prediction.path), "category_name": predictor.category_names[result["category_id"]]}
+            names = {
+                "file_name": str(prediction.path),
+                "category_name": predictor.category_names[result["category_id"]],
+            }
             results.append({**result, "image_id": number, **names})
     if args.json:
         text = json.dumps(results, ensure_ascii=False)
@@ -67,11 +74,10 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def draw(prediction: Prediction, names: dict[int, str], directory: Path, threshold: float) -> None:
+def draw(prediction: Prediction, names: dict[int, str], path: Path, threshold: float) -> None:
     picture = draw_results(prediction.image, prediction.results, names, threshold)
     _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    # The suffix stays in the name: a.jpg and a.png are two images
-    write_atomically(directory / f"{prediction.path.name}.png", lambda file: file.write(png.tobytes()))
+    write_atomically(path, lambda file: file.write(png.tobytes()))
 
 
 if __name__ == "__main__":

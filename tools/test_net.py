@@ -29,7 +29,9 @@ def parse() -> argparse.Namespace:
     parser = command.Parser(description=__doc__, epilog="Writes OUTPUT_DIR/result.json; see docs for its fields.")
     parser.add_argument("--config-file", required=True, metavar="YAML", help="the model and DATASETS.TEST")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--ckpt", metavar="FILE", help="weights; without it OUTPUT_DIR's last checkpoint, then MODEL.WEIGHT")
+    source.add_argument(
+        "--ckpt", metavar="FILE", help="weights; without it OUTPUT_DIR's last checkpoint, then MODEL.WEIGHT"
+    )
     source.add_argument("--predictions", metavar="JSON", help="a COCO results file to score instead of running a model")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, npu, mps, xpu or a plug-in; replaces MODEL.DEVICE")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="configuration keys, such as DATA.PATH coco")

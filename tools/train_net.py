@@ -29,7 +29,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, npu, mps, xpu or a plug-in; replaces MODEL.DEVICE")
     parser.add_argument("--resume", action="store_true", help="continue from OUTPUT_DIR's last checkpoint")
     parser.add_argument("--skip-test", action="store_true", help="do not evaluate at the end")
-    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="configuration keys, such as SOLVER.BASE_LR 0.01")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY VALUE", help="configuration keys, such as SOLVER.BASE_LR 0.01"
+    )
     return parser.parse_intermixed_args()
 
 

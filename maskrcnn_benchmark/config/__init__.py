@@ -6,6 +6,7 @@ import difflib
 import hashlib
 from ast import literal_eval
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,8 @@ def _coerce(default: Any, value: Any, key: str, source: str) -> Any:
     if isinstance(default, CfgNode):
         raise ConfigError(f"{source}: {key} is a section, not a key")
     if isinstance(value, str) and not isinstance(default, str):
-        try:
+        with suppress(ValueError, SyntaxError):  # reported below, as a value of the wrong type
             value = literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass  # reported below, as a value of the wrong type
     if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)  # e.g. DATA.PATH 2017 on the command line
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):

@@ -62,7 +62,9 @@ def check(cfg: CfgNode) -> None:
             raise ConfigError(f"{key} is {get(cfg, key)}; it must be at least 1")
     for key in NOT_BUILT:
         if get(cfg, key):
-            raise ConfigError(f"{key} is True, but this version builds Mask R-CNN and Faster R-CNN only; set it to False")
+            raise ConfigError(
+                f"{key} is True, but this version builds Mask R-CNN and Faster R-CNN only; set it to False"
+            )
     _check_model(cfg)
     _check_solver(cfg)
 
@@ -100,7 +102,7 @@ def _check_model(cfg: CfgNode) -> None:
             f"{key}.POOLER_SCALES is {tuple(head.POOLER_SCALES)}, but the strides of {body} make it {scales}",
         )
         _require(
-            (head.FEATURE_EXTRACTOR == extractors[name]) == fpn,
+            (extractors[name] == head.FEATURE_EXTRACTOR) == fpn,
             f"{key}.FEATURE_EXTRACTOR is {head.FEATURE_EXTRACTOR}, which does not go with {body}",
         )
     if fpn:
@@ -121,13 +123,13 @@ def _check_model(cfg: CfgNode) -> None:
 def _check_mask_head(cfg: CfgNode, fpn: bool) -> None:
     head = cfg.MODEL.ROI_MASK_HEAD
     _require(
-        head.SHARE_BOX_FEATURE_EXTRACTOR != fpn,
+        fpn != head.SHARE_BOX_FEATURE_EXTRACTOR,
         f"MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR is {head.SHARE_BOX_FEATURE_EXTRACTOR}; it must be "
         f"{not fpn} with {cfg.MODEL.BACKBONE.CONV_BODY}",
     )
     resolution = head.POOLER_RESOLUTION * 2 if fpn else head.POOLER_RESOLUTION
     _require(
-        head.RESOLUTION == resolution,
+        resolution == head.RESOLUTION,
         f"MODEL.ROI_MASK_HEAD.RESOLUTION is {head.RESOLUTION}, but POOLER_RESOLUTION {head.POOLER_RESOLUTION} makes "
         f"it {resolution}",
     )
@@ -137,11 +139,12 @@ def _check_solver(cfg: CfgNode) -> None:
     solver, size = cfg.SOLVER, cfg.INPUT.MIN_SIZE_TRAIN
     _require(list(solver.STEPS) == sorted(solver.STEPS), f"SOLVER.STEPS {tuple(solver.STEPS)} must rise")
     _require(
-        solver.MAX_ITER > 0 or solver.MAX_EPOCHS > 0, "SOLVER.MAX_ITER and SOLVER.MAX_EPOCHS are both 0: nothing to train"
+        solver.MAX_ITER > 0 or solver.MAX_EPOCHS > 0,
+        "SOLVER.MAX_ITER and SOLVER.MAX_EPOCHS are both 0: nothing to train",
     )
     _require(
         solver.IMS_PER_BATCH % solver.ACCUMULATE_STEPS == 0,
-        f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not divisible by SOLVER.ACCUMULATE_STEPS {solver.ACCUMULATE_STEPS}",
+        f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not divisible by ACCUMULATE_STEPS {solver.ACCUMULATE_STEPS}",
     )
     _require(len(size) > 0 and min(size) > 0, f"INPUT.MIN_SIZE_TRAIN is {tuple(size)}; it needs at least one size")
     _require(

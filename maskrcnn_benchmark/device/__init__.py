@@ -43,7 +43,9 @@ def get_device(name: str = "auto") -> Device:
     if index is None and limit is not None and "LOCAL_RANK" in os.environ:
         index = int(os.environ["LOCAL_RANK"])
     if limit and index is not None and index >= limit:
-        raise DeviceError(f"device {kind}:{index} was asked for, but there are {limit}: start at most {limit} processes here")
+        raise DeviceError(
+            f"device {kind}:{index} was asked for, but there are {limit}: start at most {limit} processes here"
+        )
     if kind in BUILT_IN:
         return BUILT_IN[kind][0](index)
     plugins = entry_points(group=ENTRY_POINTS)

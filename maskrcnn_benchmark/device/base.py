@@ -73,5 +73,7 @@ class Device:
             return nullcontext()
         if dtype not in self.autocast_dtypes:
             known = ", ".join(str(d).removeprefix("torch.") for d in self.autocast_dtypes)
-            raise DeviceError(f"DTYPE {str(dtype).removeprefix('torch.')} is not for device {self.type}; it takes {known}")
+            raise DeviceError(
+                f"DTYPE {str(dtype).removeprefix('torch.')} is not for device {self.type}; it takes {known}"
+            )
         return torch.autocast(self.type, dtype=dtype)

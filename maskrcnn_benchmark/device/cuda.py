@@ -15,7 +15,9 @@ def create(index: int | None) -> Device:
             "or use --device cpu"
         )
     if not count():
-        raise DeviceError("device cuda: torch sees no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")
+        raise DeviceError(
+            "device cuda: torch sees no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"
+        )
     return Device(
         torch.device("cuda", index or 0),
         dist_backend="nccl",

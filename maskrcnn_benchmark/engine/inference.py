@@ -96,7 +96,7 @@ def draw_pictures(dataset: CocoDataset, results: list[dict[str, Any]], directory
     for index in range(min(count, len(dataset))):
         image, image_id = dataset.load(index).image, dataset.image_ids[index]
         found = [result for result in results if result["image_id"] == image_id]
-        truth = [annotation | {"score": 1.0} for annotation in dataset.annotations(index) if not annotation["iscrowd"]]
+        truth = [annotation for annotation in dataset.annotations(index) if not annotation["iscrowd"]]
         pictures = [draw_results(image, objects, names) for objects in (truth, found)]
         picture = side_by_side(*pictures, ("ground truth", "predictions"))
         _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))

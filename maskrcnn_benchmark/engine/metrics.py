@@ -63,7 +63,9 @@ class MetricsWriter:
         if not distributed.is_main():
             return
         path = directory / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if _iteration(line) <= iteration] if path.exists() else []
+        kept = (
+            [line for line in path.read_text().splitlines() if _iteration(line) <= iteration] if path.exists() else []
+        )
         path.write_text("".join(line + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
         if tensorboard:

@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 from .. import ops
 from ..benchmark import environment
 from ..config import dump, sha256
-from ..data.catalog import build_dataset, check_num_classes
+from ..data.catalog import build_dataset, check_num_classes, check_same_categories
 from ..data.coco import CocoDataset
 from ..data.loader import train_loader
 from ..device import Device
@@ -162,7 +162,9 @@ def evaluate(run: Run, done: int) -> None:
     run.scores = evaluate_model(run.cfg, run.device, run.model, run.test, run.output)
     run.scored_at = done
     logger.info("accuracy at iteration %d\n%s", done, format_table(run.scores))
-    run.metrics.scalars(done, {f"{task}/{k}": run.scores[task][k] for task in _tasks(run) for k in ("AP", "AP50", "AP75")})
+    run.metrics.scalars(
+        done, {f"{task}/{k}": run.scores[task][k] for task in _tasks(run) for k in ("AP", "AP50", "AP75")}
+    )
     score = run.scores[_tasks(run)[-1]]["AP"]
     if score is not None and score > run.best:
         run.best = score
@@ -217,6 +219,8 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
     dataset = build_dataset(cfg.DATASETS.TRAIN, cfg, training=True)
     check_num_classes(cfg, dataset)
     test = test_datasets(cfg)
+    for test_set in test.values():
+        check_same_categories(dataset, test_set)
     model = build_model(cfg, device)
     optimizer = make_optimizer(cfg, model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.DTYPE == "float16" and device.grad_scaler)

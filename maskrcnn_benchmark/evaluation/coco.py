@@ -174,11 +174,8 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str,
     Polygons [[x, y, x, y, ...], ...] (their union), RLE with a list of counts, or compressed. None when it is none of
     these, belongs to an image of another size, is damaged, or has no polygon of three points.
     """
-    shape = _clean_segmentation(segmentation, height, width)
-    if isinstance(shape, list):
-        shape = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
-        shape = {"size": [height, width], "counts": shape["counts"].decode()}
-    return shape
+    encoded = _encode(segmentation, height, width)
+    return encoded[0] if encoded else None
 
 
 # -------------------------------------------------------------------------------------------------- ground truth
@@ -193,9 +190,9 @@ def _read_ground_truth(
     content = read_coco(str(ground_truth)) if is_file else ground_truth
     try:
         images = {image["id"]: image for image in content["images"]}
-        if not all(isinstance(i, (int, np.integer)) for i in images):
-            raise TypeError("image ids must be whole numbers")
         categories = {category["id"]: str(category["name"]) for category in content["categories"]}
+        if not all(isinstance(i, (int, np.integer)) for i in (*images, *categories)):
+            raise TypeError("ids must be whole numbers")
         annotations = content["annotations"]
         for number, annotation in enumerate(annotations):
             image_id, category_id = annotation["image_id"], annotation["category_id"]
@@ -242,9 +239,8 @@ def _clean(annotations: list[dict], task: str, images: dict[int, dict], chosen: 
         if box is None or (task == "segm" and segmentation is None):
             unusable.append(name)
             continue
-        if isinstance(segmentation, list) and len(segmentation) < sum(
-            isinstance(p, list) for p in annotation["segmentation"]
-        ):
+        polygons = annotation.get("segmentation")
+        if isinstance(segmentation, list) and len(segmentation) < sum(isinstance(p, list) for p in polygons):
             trimmed.append(name)
         entry = {
             "id": len(cleaned) + 1,
@@ -261,10 +257,9 @@ def _clean(annotations: list[dict], task: str, images: dict[int, dict], chosen: 
 
 def _warn_of_dropped(task: str, unusable: list[Any], trimmed: list[Any]) -> None:
     if unusable:
-        what = "box" if task == "bbox" else "box and mask of their image's size"
-        count = len(unusable)
+        problem = "no usable box" if task == "bbox" else "no usable mask of their image's size"
         logger.warning(
-            "%s: %d annotations have no usable %s and do not count: ids %s", task, count, what, _some(unusable)
+            "%s: %d annotations have %s and are dropped: ids %s", task, len(unusable), problem, _some(unusable)
         )
     if trimmed:
         problem = "polygons of fewer than 3 points, which are dropped"
@@ -282,10 +277,12 @@ def _shape(
     if segmentation and (task == "segm" or box is None or area is None):
         height, width = _size(image)
         segmentation = _clean_segmentation(segmentation, height, width)
+        if area is None or isinstance(segmentation, dict):
+            encoded = _encode(segmentation, height, width)
+            segmentation = segmentation if encoded else None
+            area = encoded[1] if encoded and area is None else area
         if segmentation is not None and box is None:
             box = _bounds(segmentation)
-        if segmentation is not None and area is None:
-            area = coco_mask.area(segmentation_to_rle(segmentation, height, width))
     if box is None or len(box) != 4 or not np.isfinite(box).all():
         return None, 0.0, None
     box = [float(v) for v in box]
@@ -323,8 +320,19 @@ def _clean_segmentation(segmentation: Any, height: int, width: int) -> list[list
         counts = counts.decode("ascii", "replace")
     if not isinstance(counts, str) or not _COMPRESSED.fullmatch(counts):
         return None
-    rle = {"size": [height, width], "counts": counts}
-    return rle if coco_mask.area(rle) <= height * width else None
+    return {"size": [height, width], "counts": counts}
+
+
+def _encode(segmentation: Any, height: int, width: int) -> tuple[dict[str, Any], int] | None:
+    """Compressed RLE and area of any COCO segmentation; None when it is not usable."""
+    shape = _clean_segmentation(segmentation, height, width)
+    if isinstance(shape, list):
+        rle = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
+        shape = {"size": [height, width], "counts": rle["counts"].decode()}
+    if shape is None:
+        return None
+    area = int(coco_mask.area(shape))
+    return (shape, area) if area <= height * width else None
 
 
 def _bounds(segmentation: list[list[float]] | dict[str, Any]) -> list[float]:
@@ -379,8 +387,9 @@ def _read_results(
     keep = [index for index, image_id in enumerate(image_ids) if image_id in chosen]
     rles, areas = None, boxes[:, 2] * boxes[:, 3]
     if task == "segm":
-        rles = [_result_rle(index, results[index], images) for index in keep]
-        areas = np.array([coco_mask.area(rle) for rle in rles], dtype=np.float64)
+        encoded = [_encode_result(index, results[index], images) for index in keep]
+        rles = [rle for rle, _ in encoded]
+        areas = np.array([area for _, area in encoded], dtype=np.float64)
         boxes = np.zeros((len(results), 4))
     return _Columns(
         image_ids=np.array(image_ids, dtype=np.int64)[keep],
@@ -408,16 +417,19 @@ def _first_bad_result(results: list[Any], key: str) -> str:
     return "results: an image_id or category_id is not a whole number"
 
 
-def _result_rle(index: int, result: dict[str, Any], images: dict[int, dict]) -> dict[str, Any]:
+def _encode_result(index: int, result: dict[str, Any], images: dict[int, dict]) -> tuple[dict[str, Any], int]:
     image_id = result["image_id"]
     height, width = _size(images[image_id])
-    rle = segmentation_to_rle(result["segmentation"], height, width)
-    if rle is None:
+    try:
+        encoded = _encode(result["segmentation"], height, width)
+    except (TypeError, ValueError):
+        encoded = None
+    if encoded is None:
         raise DataError(
             f"results[{index}] (image id {image_id}): its segmentation is no RLE of a mask {height} pixels high and "
             f"{width} wide"
         )
-    return rle
+    return encoded
 
 
 # ------------------------------------------------------------------------------------------------------ engines

@@ -53,7 +53,9 @@ class AnchorGenerator:
         self.per_position = len(aspect_ratios) * len(sizes[0])
         self._cache: dict[tuple, list[Tensor]] = {}
 
-    def __call__(self, shapes: list[tuple[int, int]], image_shape: tuple[int, int], device: torch.device) -> list[Tensor]:
+    def __call__(
+        self, shapes: list[tuple[int, int]], image_shape: tuple[int, int], device: torch.device
+    ) -> list[Tensor]:
         """For maps of `shapes` (height, width): one [H * W * A, 4] float32 tensor a level."""
         key = (tuple(shapes), image_shape, device)
         if key not in self._cache:

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from .anchors import AnchorGenerator
 from .box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, MLPFeatureExtractor
 from .fpn import FPN
-from .layers import FrozenBatchNorm2d, Norm, group_norm
+from .layers import FrozenBatchNorm2d, Norm, SyncBatchNorm2d, group_norm
 from .mask_head import ConvFeatureExtractor, MaskHead, MaskPredictor
 from .rcnn import RCNN, Normalize
 from .resnet import ResNet
@@ -40,7 +40,7 @@ def build_norm(cfg: CfgNode, name: str) -> Norm:
     return {
         "FrozenBN": partial(FrozenBatchNorm2d, eps=cfg.MODEL.RESNETS.FROZEN_BN_EPS),
         "BN": nn.BatchNorm2d,
-        "SyncBN": nn.SyncBatchNorm,
+        "SyncBN": SyncBatchNorm2d,
         "GN": group_norm(group.NUM_GROUPS, group.DIM_PER_GP, group.EPSILON),
     }[name]
 

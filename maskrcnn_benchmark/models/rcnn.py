@@ -60,13 +60,16 @@ class RCNN(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
 
+    @property
+    def mask_head(self) -> MaskHead | None:
+        return dict(self.roi_heads.items()).get("mask")
+
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
         """With targets the losses by name, each a scalar; without them Detections in pixels of the resized images."""
         x = self.normalize(images).contiguous(memory_format=self.memory_format)
         features = self.backbone(x)
         proposals, losses = self.rpn(features, x.shape[-2:], images.sizes, targets)
-        box_head = self.roi_heads["box"]
-        mask_head = self.roi_heads["mask"] if "mask" in self.roi_heads else None
+        box_head, mask_head = self.roi_heads["box"], self.mask_head
         if targets is None:
             detections = box_head.detect(features, proposals, images.sizes)
             return mask_head.detect(features, detections) if mask_head is not None else detections

@@ -104,9 +104,7 @@ def make_stage(
         if basic:
             blocks.append(BasicBlock(in_channels, out_channels, stride, dilation, norm))
         else:
-            blocks.append(
-                Bottleneck(in_channels, width, out_channels, stride, dilation, groups, stride_in_1x1, norm)
-            )
+            blocks.append(Bottleneck(in_channels, width, out_channels, stride, dilation, groups, stride_in_1x1, norm))
         in_channels = out_channels
     layers = nn.Sequential(*blocks)
     for module in layers.modules():

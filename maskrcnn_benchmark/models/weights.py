@@ -114,12 +114,11 @@ def convert(state: State, source: str) -> tuple[State, str]:
     Raises:
         CheckpointError: no known format has such names.
     """
-    for name, (mark, rules, changes) in FORMATS.items():
-        if any(re.search(mark, key) for key in state):
-            break
-    else:
+    name = next((name for name, (mark, *_) in FORMATS.items() if any(re.search(mark, key) for key in state)), None)
+    if name is None:
         first = ", ".join(list(state)[:3])
         raise CheckpointError(f"{source}: no known format has tensors named {first}, ...; known: {', '.join(FORMATS)}")
+    _, rules, changes = FORMATS[name]
     renamed = {}
     for key, tensor in state.items():
         if DERIVED.search(key) or CLASSIFIER.search(key) or not isinstance(tensor, Tensor):
@@ -178,7 +177,11 @@ def check_match(state: State, wanted: State, source: str) -> None:
             f"here ({len(shapes)} tensors differ); compare NUM_CLASSES, CONV_BODY and the head sizes"
         )
     if missing or unknown:
-        parts = [f"{len(names)} {what}, e.g. {names[0]}" for names, what in ((missing, "missing"), (unknown, "unknown")) if names]
+        parts = [
+            f"{len(names)} {what}, e.g. {names[0]}"
+            for names, what in ((missing, "missing"), (unknown, "unknown"))
+            if names
+        ]
         raise CheckpointError(f"{source} belongs to another model: tensors {'; '.join(parts)}")
 
 
@@ -242,16 +245,18 @@ def _is_array(value: object) -> bool:
 class _ArrayUnpickler(pickle.Unpickler):
     """Knows NumPy arrays and nothing else, so that no code in a file can run."""
 
-    ALLOWED = {
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "scalar"),
-        ("_codecs", "encode"),
-        ("collections", "OrderedDict"),
-    }
+    ALLOWED = frozenset(
+        {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy.core.multiarray", "scalar"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "scalar"),
+            ("_codecs", "encode"),
+            ("collections", "OrderedDict"),
+        }
+    )
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in self.ALLOWED:
@@ -261,7 +266,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _read_pickle(path: Path, allowed: bool) -> object:
     if not allowed:
-        raise CheckpointError(f"{path} is a pickle file; set MODEL.ALLOW_PICKLE True to read the arrays in it (no code is run)")
+        raise CheckpointError(
+            f"{path} is a pickle file; set MODEL.ALLOW_PICKLE True to read the arrays in it (no code is run)"
+        )
     with open(path, "rb") as file:
         try:
             return _ArrayUnpickler(file, encoding="latin1").load()

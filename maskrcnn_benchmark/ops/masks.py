@@ -15,8 +15,8 @@ from torch import Tensor
 from .library import LIBRARY, register_composite
 from .roi_align import roi_align
 
-# Elements of a temporary in the composites: 4 million doubles are 32 MB.
-_BUDGET = 1 << 22
+# Elements of a temporary in the composites: 2 million doubles are 16 MB.
+_BUDGET = 1 << 21
 # pycocotools draws a polygon on a grid five times finer than the pixels.
 _FINE = 5
 # Fine coordinates beyond this are taken as this: far outside any mask, far inside 32 bits.
@@ -162,7 +162,7 @@ def polygon_targets_composite(
         slot = polygon[:, None] * (size * size + 1) + torch.arange(size, device=points.device) * size + column_rows
         toggles = torch.zeros((fine.shape[0], polygons * (size * size + 1)), dtype=torch.int32, device=points.device)
         toggles.scatter_add_(1, slot.flatten(1), (crosses & used[:, None]).flatten(1).to(torch.int32))
-        inside = toggles.view(-1, polygons, size * size + 1)[..., :-1].cumsum(dim=2) % 2 == 1
+        inside = toggles.view(-1, polygons, size * size + 1)[..., :-1].cumsum(dim=2, dtype=torch.int32) % 2 == 1
         drawn = (inside & (owner == instance[chunk, None])[..., None]).any(dim=1)
         targets[chunk] = drawn.view(-1, size, size).transpose(1, 2).to(targets.dtype)
     return targets
@@ -171,7 +171,9 @@ def polygon_targets_composite(
 def _fine_points(points: Tensor, boxes: Tensor, size: int) -> Tensor:
     """[R, P, 2] float64 whole numbers: points on each box's fine grid, `(int)(5 x + .5)` in C."""
     corners = boxes.double()
-    scale = size / (corners[:, 2:] - corners[:, :2]).clamp(min=0.1)
+    side = (corners[:, 2:] - corners[:, :2]).clamp(min=0.1)
+    # Tensor by tensor: torch takes number / tensor as number * (1 / tensor), which rounds twice.
+    scale = torch.full_like(side, size) / side
     local = (points.double() - corners[:, None, :2]) * scale[:, None]
     return (_FINE * local + 0.5).nan_to_num(0.0).clamp(-_FAR, _FAR).trunc()
 
@@ -250,8 +252,9 @@ def _paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
 def _mask_positions(start: Tensor, end: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
     """Where the pixel centres 0.5, 1.5, ... lie in a mask of `size` cells: index and fraction, both [D, count].
 
-    The index counts from the zero that pads the mask in front; two zeros pad it behind. What lies outside reads the two zeros after. The order of operations is that of detectron2's paste and torch's
-    grid_sample, so that values next to the threshold fall on the same side.
+    The index counts from the zero that pads the mask in front; two zeros pad it behind, and what lies outside reads
+    those. The order of operations is that of detectron2's paste and torch's grid_sample, so that values next to the
+    threshold fall on the same side.
     """
     centre = torch.arange(count, dtype=start.dtype, device=start.device) + 0.5
     start, side = start[:, None], (end - start)[:, None]

@@ -21,7 +21,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def setup_logging(output_dir: Path | None, rank: int, rank_logs: bool) -> logging.Logger:
-    """The package's logger. Calling it again replaces what the last call set up.
+    """The package's logger, with these handlers in place of any it had. `output_dir` must exist.
 
     Rank 0 writes to stdout and OUTPUT_DIR/log.txt, the others only warnings to stderr. With `rank_logs` every rank also
     writes OUTPUT_DIR/train_{rank}.log. Files are appended to. Python's warnings go the same ways.
@@ -50,16 +50,16 @@ def setup_logging(output_dir: Path | None, rank: int, rank_logs: bool) -> loggin
 class TrainingMeter:
     """How long steps take, from what the loop measured. Only counts: it never waits for a device.
 
-    images_per_iteration: images of a step over all ranks. warmup_steps: the first so many steps of this process take
-    no part in any speed figure. Times outside steps (evaluation, checkpoints) are never seen.
+    images_per_iteration_all_ranks: images of a step, over all ranks. warmup_steps: the first so many steps of this
+    process take no part in any speed figure. Times outside steps (evaluation, checkpoints) are never seen.
     """
 
     def __init__(
-        self, total_iterations: int, start_iteration: int, images_per_iteration: int, warmup_steps: int
+        self, total_iterations: int, start_iteration: int, images_per_iteration_all_ranks: int, warmup_steps: int
     ) -> None:
         self.total_iterations = total_iterations
         self.start_iteration = start_iteration
-        self.images_per_iteration = images_per_iteration
+        self.images_per_iteration_all_ranks = images_per_iteration_all_ranks
         self.warmup_steps = warmup_steps
         self._steps = array("d")
         self._waits = array("d")
@@ -77,7 +77,7 @@ class TrainingMeter:
     @property
     def images_per_second(self) -> float | None:
         """Over all ranks, after the warm-up; None before a step was counted."""
-        return _divide(self.images_per_iteration, _mean(self.step_seconds()))
+        return _divide(self.images_per_iteration_all_ranks, _mean(self.step_seconds()))
 
     @property
     def data_wait_share(self) -> float | None:
@@ -104,7 +104,7 @@ class TrainingMeter:
         return {
             "time": time,
             "data_time": _mean(np.array(self._waits[self._line])),
-            "images_per_second": _divide(self.images_per_iteration, time),
+            "images_per_second": _divide(self.images_per_iteration_all_ranks, time),
         }
 
     def console_line(self, iteration: int, losses: dict[str, float], lr: float, max_mem_mb: float) -> str:
