@@ -73,10 +73,13 @@ def build_command() -> dict:
 
     class BuildKernels(cpp_extension.BuildExtension):
         def run(self) -> None:
+            inplace = self.inplace
             try:
                 super().run()
             except (BaseError, CCompilerError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
                 give_up(f"compiling them failed ({error})")
+                for self.inplace in (False, inplace):  # an earlier build's kernels must not pass for this one's
+                    Path(self.get_ext_fullpath(self.extensions[0].name)).unlink(missing_ok=True)
                 self.extensions = []  # or installing would look for the file
 
     return {"build_ext": BuildKernels}

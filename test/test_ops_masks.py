@@ -86,6 +86,17 @@ def test_polygons_are_bit_equal_to_pycocotools(instances, box, size):
         np.testing.assert_array_equal(function(*packed, rows, corners, size), expected)
 
 
+@pytest.mark.parametrize(("x", "run", "rise"), [(17, 14, 20), (10, 15, 26), (24, 17, 28), (3, -1, 2), (24, -3, 4)])
+def test_crossings_that_fall_on_a_step_are_bit_equal_to_pycocotools(x, run, rise):
+    """On these edges the exact crossing is a step of the walk, and rounding decides on which side it counts."""
+    fine = np.array([[x, 0], [x + run, rise], [110, 70]])
+    triangles = [[(fine + [0, shift]) / 5] for shift in range(5)]
+    corners = torch.tensor([[0.0, 0, 28, 28]]).repeat(5, 1)
+    expected = np.stack([draw_with_pycocotools(triangle, corners[0], 28) for triangle in triangles])
+    for function in (polygon_targets, polygon_targets_composite):
+        np.testing.assert_array_equal(function(*pack(triangles), torch.arange(5), corners, 28), expected)
+
+
 def test_many_vertices_and_chunks_are_bit_equal_to_pycocotools(monkeypatch):
     monkeypatch.setattr(masks, "_BUDGET", 20_000)
     generator = np.random.default_rng(0)
@@ -178,11 +189,11 @@ def test_paste_by_hand():
     np.testing.assert_array_equal(decode_rle(rle[0]), expected)
 
 
-def test_values_equal_to_the_threshold_belong_to_the_mask():
-    mask = torch.full((1, 2, 2), 0.5)
-    box = torch.tensor([[0.0, 0, 2, 2]])
-    assert decode_rle(paste_masks_rle(mask, box, 2, 2, threshold=0.5)[0]).sum() == 4
-    assert decode_rle(paste_masks_rle(mask, box, 2, 2, threshold=0.51)[0]).sum() == 0
+@pytest.mark.parametrize("function", [OPS.paste_masks_rle, paste_masks_rle_composite])
+def test_values_equal_to_the_threshold_belong_to_the_mask(function):
+    mask, box = torch.full((1, 2, 2), 0.5), torch.tensor([[0.0, 0, 2, 2]])
+    assert function(mask, box, 2, 2, 0.5)[0].tolist() == [0, 4]
+    assert function(mask, box, 2, 2, 0.51)[0].tolist() == [4]
 
 
 @settings(max_examples=50, deadline=None)

@@ -40,7 +40,10 @@ def ramp(size: int = 5) -> torch.Tensor:
 
 def pool(feature, box, size, ratio, aligned, scale=1.0) -> list:
     first = torch.zeros(1, dtype=torch.int64)
-    return roi_align([feature], torch.tensor([box]), first, first, [scale], size, ratio, aligned)[0, 0].tolist()
+    arguments = ([feature], torch.tensor([box]), first, first, [scale], size, ratio, aligned)
+    pooled = roi_align(*arguments)[0, 0].tolist()
+    assert roi_align_composite(*arguments)[0, 0].tolist() == pooled
+    return pooled
 
 
 def pyramid(dtype, channels_last: bool, channels: int = 3) -> list[torch.Tensor]:
@@ -81,6 +84,7 @@ def test_border_by_hand():
     assert pool(flat, [-1.5, 1, -0.5, 2], 1, 2, aligned=False) == [[0.5]]
     assert pool(flat, [4.0, 0, 5, 1], 1, 1, aligned=False) == [[0]]
     assert pool(flat, [3.5, 0, 4.5, 1], 1, 1, aligned=False) == [[1]], "exactly at the size still counts"
+    assert pool(ramp(), [4.5, 0, 5.5, 1], 1, 1, aligned=False) == [[4 + 2.5]], "and reads the last pixel of its row"
 
 
 def test_unaligned_takes_sides_of_at_least_one():

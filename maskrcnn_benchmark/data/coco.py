@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from ..errors import DataError
+from ..ops.masks import sound_rle
 from .images import read_image
 from .transforms import Polygons, Sample
 
@@ -32,7 +33,7 @@ PROBLEMS = {
     "outside": "lie outside their image and are dropped",
     "clipped": "reach more than a pixel beyond their image: the box is clipped",
     "bad_polygon": "have a polygon of fewer than 3 points or of an odd number of coordinates: the polygon is dropped",
-    "bad_rle": "have an RLE that does not fit their image's size and are dropped",
+    "bad_rle": "have an RLE that is damaged or not of their image's size, and are dropped",
     "no_mask": "have no usable mask and are dropped",
 }
 _STANDARD_KEYS = {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
@@ -166,13 +167,7 @@ class CocoDataset:
         bitmaps = polygons.rasterize(*size)
         for number, bitmap in enumerate(bitmaps):
             if rle := self._objects.rle_of(first + number):
-                try:
-                    bitmap[:] = coco_mask.decode({"size": list(size), "counts": rle})
-                except ValueError as error:
-                    raise DataError(
-                        f"{self.annotation_file}: annotation id {self._objects.ids[first + number]}: its RLE does not"
-                        f" describe a mask of {size[0]} x {size[1]} pixels: {error}"
-                    ) from error
+                bitmap[:] = coco_mask.decode({"size": list(size), "counts": rle})
         return bitmaps
 
     def _read_images(self, images: list[dict]) -> None:
@@ -348,14 +343,10 @@ def _bounds(polygons: list[list[float]], rle: bytes, height: int, width: int) ->
 
 
 def _compress(rle: dict, height: int, width: int) -> bytes:
-    counts = rle["counts"]
-    if list(rle["size"]) != [height, width]:
+    sound = sound_rle(rle, height, width)
+    if sound is None:
         raise _Unusable("bad_rle")
-    if isinstance(counts, str):
-        return counts.encode("ascii")
-    if min(counts, default=0) < 0 or sum(counts) != height * width:
-        raise _Unusable("bad_rle")
-    return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
+    return sound[0]["counts"].encode()
 
 
 def read_coco(path: str) -> dict[str, Any]:

@@ -17,6 +17,15 @@ from ..errors import DataError
 
 # COCO category id -> shape; ids with gaps, as real data sets have them
 CATEGORIES = {1: "circle", 2: "square", 4: "triangle", 7: "star", 9: "cross"}
+# The color that a shape tends to. With colors at random, ten minutes on two cores teach a small detector where the
+# shapes are, but not which: AP .26, and .44 when classes do not count.
+_TINTS = {
+    "circle": (205, 60, 50),
+    "square": (55, 95, 215),
+    "triangle": (60, 175, 80),
+    "star": (230, 190, 50),
+    "cross": (165, 75, 190),
+}
 MIN_SIDE = 32
 # Shapes are drawn and outlined this many times finer than the pixels.
 _FINE = 4
@@ -139,7 +148,7 @@ def draw_image(
         if not polygons:
             continue
         taken |= visible
-        colors.append(_color_unlike(rng, colors))
+        colors.append(_color_unlike(rng, _TINTS[CATEGORIES[category_id]], colors))
         # Area averages blend the edges, as a camera would.
         alpha = cv2.resize(visible, (width, height), interpolation=cv2.INTER_AREA)[..., None]
         image += np.float32(1 / 255) * alpha * (_texture(rng, size, colors[-1]) - image)
@@ -220,8 +229,8 @@ def _clouds(rng: np.random.Generator, size: tuple[int, int], cells: int, channel
     return cv2.resize(grid, (size[1], size[0]), interpolation=cv2.INTER_CUBIC).reshape(*size, channels)
 
 
-def _color_unlike(rng: np.random.Generator, others: list[np.ndarray]) -> np.ndarray:
-    """Of a few random colors the one farthest from the others: visible, though not always by much."""
-    candidates = rng.uniform(20, 235, (6, 3))
+def _color_unlike(rng: np.random.Generator, tint: tuple[int, int, int], others: list[np.ndarray]) -> np.ndarray:
+    """Of a few colors around a tint the one farthest from the others: visible, though not always by much."""
+    candidates = np.clip(tint + rng.normal(0, 45, (6, 3)), 20, 235)
     distance = np.linalg.norm(candidates[:, None] - np.array(others), axis=2).min(axis=1)
     return candidates[distance.argmax()]

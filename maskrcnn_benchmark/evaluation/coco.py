@@ -10,7 +10,6 @@ import functools
 import io
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
@@ -24,14 +23,12 @@ from pycocotools import mask as coco_mask
 
 from ..data.coco import read_coco
 from ..errors import ConfigError, DataError
-from ..ops.masks import paste_masks_rle
+from ..ops.masks import paste_masks_rle, sound_rle
 from ..structures import Detections, ImageBatch
 
 logger = logging.getLogger(__name__)
 
 TASKS = ("bbox", "segm")
-# Characters of a compressed RLE; the last one has no continuation bit. pycocotools reads on and on where it has.
-_COMPRESSED = re.compile(r"(?:[0-o]*[0-O])?")
 # Indices into COCOeval's axes: areas all, small (< 32^2 pixels), medium, large (> 96^2); IoU .5, .55, ... .95
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)
 _IOU_50, _IOU_75 = 0, 5
@@ -309,30 +306,19 @@ def _clean_segmentation(segmentation: Any, height: int, width: int) -> list[list
         if segmentation and isinstance(segmentation[0], (int, float)):
             segmentation = [segmentation]  # one polygon without the outer list
         return [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0 and np.isfinite(p).all()] or None
-    if not isinstance(segmentation, dict) or list(segmentation.get("size", ())) != [height, width]:
-        return None
-    counts = segmentation.get("counts")
-    if isinstance(counts, list):
-        if min(counts, default=0) < 0 or sum(counts) != height * width:
-            return None
-        counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
-    if isinstance(counts, bytes):
-        counts = counts.decode("ascii", "replace")
-    if not isinstance(counts, str) or not _COMPRESSED.fullmatch(counts):
-        return None
-    return {"size": [height, width], "counts": counts}
+    sound = sound_rle(segmentation, height, width) if isinstance(segmentation, dict) else None
+    return sound[0] if sound else None
 
 
 def _encode(segmentation: Any, height: int, width: int) -> tuple[dict[str, Any], int] | None:
     """Compressed RLE and area of any COCO segmentation; None when it is not usable."""
-    shape = _clean_segmentation(segmentation, height, width)
-    if isinstance(shape, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
-        shape = {"size": [height, width], "counts": rle["counts"].decode()}
-    if shape is None:
+    if isinstance(segmentation, dict):
+        return sound_rle(segmentation, height, width)
+    polygons = _clean_segmentation(segmentation, height, width)
+    if polygons is None:
         return None
-    area = int(coco_mask.area(shape))
-    return (shape, area) if area <= height * width else None
+    rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    return {"size": [height, width], "counts": rle["counts"].decode()}, int(coco_mask.area(rle))
 
 
 def _bounds(segmentation: list[list[float]] | dict[str, Any]) -> list[float]:

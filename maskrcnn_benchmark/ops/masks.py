@@ -6,6 +6,7 @@ A COCO RLE lists run lengths of 0s and 1s in turn, zeros first, down each column
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from .library import LIBRARY, register_composite
 from .roi_align import roi_align
 
+# Characters of a compressed RLE; the last one has no continuation bit. pycocotools reads on and on where it has.
+_COMPRESSED = re.compile(r"(?:[0-o]*[0-O])?")
 # Elements of a temporary in the composites: 2 million doubles are 16 MB.
 _BUDGET = 1 << 21
 # pycocotools draws a polygon on a grid five times finer than the pixels.
@@ -131,11 +134,35 @@ def compress_rle(counts: np.ndarray, offsets: np.ndarray) -> list[str]:
     return [text[start:end] for start, end in itertools.pairwise(ends)]
 
 
+def sound_rle(rle: dict, height: int, width: int) -> tuple[dict, int] | None:
+    """The COCO RLE as {"size": [height, width], "counts": compressed str}, and its area in pixels; None when it is
+    damaged, or of another size.
+
+    "counts" may be compressed (str or bytes) or a list of run lengths. pycocotools checks nothing: given a damaged RLE
+    it reads on for ever, or writes where it must not.
+    """
+    counts = rle.get("counts")
+    if list(rle.get("size", ())) != [height, width]:
+        return None
+    if isinstance(counts, list):
+        if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
+            return None
+        counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
+    if isinstance(counts, bytes):
+        counts = counts.decode("ascii", "replace")
+    if not isinstance(counts, str) or not _COMPRESSED.fullmatch(counts):
+        return None
+    sound = {"size": [height, width], "counts": counts}
+    area = int(coco_mask.area(sound))
+    return (sound, area) if area <= height * width else None
+
+
 def decode_rle(rle: dict) -> np.ndarray:
-    """Bitmap [height, width] uint8 of a COCO RLE: "counts" compressed (str or bytes) or a list of run lengths."""
-    if isinstance(rle["counts"], list):
-        rle = coco_mask.frPyObjects(rle, *rle["size"])
-    return coco_mask.decode(rle)
+    """Bitmap [height, width] uint8 of a COCO RLE, compressed or not. Raises ValueError when it is damaged."""
+    sound = sound_rle(rle, *rle["size"])
+    if sound is None:
+        raise ValueError(f"not a COCO RLE of a mask of {rle['size'][0]} x {rle['size'][1]} pixels")
+    return coco_mask.decode(sound[0])
 
 
 def polygon_targets_composite(
