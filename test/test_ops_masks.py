@@ -90,7 +90,7 @@ def test_polygons_are_bit_equal_to_pycocotools(instances, box, size):
 def test_crossings_that_fall_on_a_step_are_bit_equal_to_pycocotools(x, run, rise):
     """On these edges the exact crossing is a step of the walk, and rounding decides on which side it counts."""
     fine = np.array([[x, 0], [x + run, rise], [110, 70]])
-    triangles = [[(fine + [0, shift]) / 5] for shift in range(5)]
+    triangles = [[(fine + np.array([0, shift])) / 5] for shift in range(5)]
     corners = torch.tensor([[0.0, 0, 28, 28]]).repeat(5, 1)
     expected = np.stack([draw_with_pycocotools(triangle, corners[0], 28) for triangle in triangles])
     for function in (polygon_targets, polygon_targets_composite):

@@ -18,24 +18,32 @@ struct Weights {
   explicit Weights(at::ArrayRef<double> values) : x(values[0]), y(values[1]), w(values[2]), h(values[3]) {}
 };
 
-// [..., 4] as [rows, rows, 4]: broadcast (stride 0) tensors of up to three dimensions are not copied.
-Tensor as_rows(const Tensor& tensor) {
-  const int64_t dim = tensor.dim();
-  const int64_t inner = dim > 1 ? tensor.size(dim - 2) : 1;
-  const int64_t outer = inner > 0 ? tensor.numel() / (4 * inner) : 0;
-  return tensor.reshape({outer, inner, 4});
-}
+// The rows of a [..., 4] tensor by number. Broadcast (stride 0) tensors of up to three dimensions are not copied.
+template <typename T>
+class Rows {
+ public:
+  explicit Rows(const Tensor& tensor)
+      : inner_(tensor.dim() > 1 ? tensor.size(-2) : 1),
+        tensor_(tensor.reshape({inner_ > 0 ? tensor.numel() / (4 * inner_) : 0, inner_, 4})),
+        accessor_(tensor_.accessor<const T, 3>()) {}
 
-// Calls body(a row of first, a row of second, a row of the result), each four values, over all rows and threads.
+  auto operator[](int64_t row) const {
+    return accessor_[row / inner_][row % inner_];
+  }
+
+ private:
+  int64_t inner_;
+  Tensor tensor_;
+  at::TensorAccessor<const T, 3> accessor_;
+};
+
+// Calls body(row number, four values of the result to fill) for all rows, over all threads.
 template <typename T, typename Body>
-void for_each_row(const Tensor& first, const Tensor& second, const Tensor& result, const Body& body) {
-  const Tensor a_rows = as_rows(first), b_rows = as_rows(second);
-  const auto a = a_rows.accessor<const T, 3>(), b = b_rows.accessor<const T, 3>();
-  const int64_t inner = a_rows.size(1);
+void fill_rows(const Tensor& result, const Body& body) {
   T* out = result.mutable_data_ptr<T>();
   at::parallel_for(0, result.numel() / 4, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      body(a[row / inner][row % inner], b[row / inner][row % inner], out + 4 * row);
+      body(row, out + 4 * row);
     }
   });
 }
@@ -60,9 +68,10 @@ Tensor box_encode(const Tensor& boxes, const Tensor& anchors, at::ArrayRef<doubl
       out[first] = shift_weight * (shift / anchor_length);
       out[first + 2] = growth_weight * std::log(length / anchor_length);
     };
-    for_each_row<T>(boxes, anchors, deltas, [&](const auto& box, const auto& anchor, T* out) {
-      axis(box, anchor, 0, weight.x, weight.w, out);
-      axis(box, anchor, 1, weight.y, weight.h, out);
+    const Rows<T> box(boxes), anchor(anchors);
+    fill_rows<T>(deltas, [&](int64_t row, T* out) {
+      axis(box[row], anchor[row], 0, weight.x, weight.w, out);
+      axis(box[row], anchor[row], 1, weight.y, weight.h, out);
     });
   });
   return deltas;
@@ -83,15 +92,15 @@ Tensor box_decode(const Tensor& deltas, const Tensor& anchors, at::ArrayRef<doub
       out[first] = centre - half;
       out[first + 2] = centre + half;
     };
-    for_each_row<T>(deltas, anchors, boxes, [&](const auto& delta, const auto& anchor, T* out) {
-      axis(delta, anchor, 0, weight.x, weight.w, out);
-      axis(delta, anchor, 1, weight.y, weight.h, out);
+    const Rows<T> delta(deltas), anchor(anchors);
+    fill_rows<T>(boxes, [&](int64_t row, T* out) {
+      axis(delta[row], anchor[row], 0, weight.x, weight.w, out);
+      axis(delta[row], anchor[row], 1, weight.y, weight.h, out);
     });
   });
   return boxes;
 }
 
-// Only dw and dh of the deltas matter to their own gradient, so `deltas` and `anchors` are folded into one row first.
 Tensor box_decode_backward(
     const Tensor& grad,
     const Tensor& deltas,
@@ -101,14 +110,10 @@ Tensor box_decode_backward(
   check(deltas, anchors, weights);
   check(grad, anchors, weights);
   Tensor result = at::empty(deltas.sizes(), deltas.options());
-  const Tensor grad_rows = as_rows(grad);
   AT_DISPATCH_FLOATING_TYPES(deltas.scalar_type(), "box_decode_backward", [&] {
     using T = scalar_t;
     const Weights<T> weight(weights);
     const T limit = clip;
-    const auto grads = grad_rows.accessor<const T, 3>();
-    const T* first_row = result.const_data_ptr<T>();
-    const int64_t inner = grad_rows.size(1);
     const auto axis = [&](const auto& grad, const auto& delta, const auto& anchor, int first, T shift_weight,
                           T growth_weight, T* out) {
       const T side = anchor[first + 2] - anchor[first];
@@ -117,11 +122,10 @@ Tensor box_decode_backward(
       const T half = T(0.5) * (grad[first + 2] - grad[first]) * side;
       out[first + 2] = growth > limit ? T(0) : half * std::exp(growth) / growth_weight;
     };
-    for_each_row<T>(deltas, anchors, result, [&](const auto& delta, const auto& anchor, T* out) {
-      const int64_t row = (out - first_row) / 4;
-      const auto upstream = grads[row / inner][row % inner];
-      axis(upstream, delta, anchor, 0, weight.x, weight.w, out);
-      axis(upstream, delta, anchor, 1, weight.y, weight.h, out);
+    const Rows<T> upstream(grad), delta(deltas), anchor(anchors);
+    fill_rows<T>(result, [&](int64_t row, T* out) {
+      axis(upstream[row], delta[row], anchor[row], 0, weight.x, weight.w, out);
+      axis(upstream[row], delta[row], anchor[row], 1, weight.y, weight.h, out);
     });
   });
   return result;
