@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from maskrcnn_benchmark.evaluation.coco import evaluate, format_table, load_resu
 from maskrcnn_benchmark.evaluation.expected import check_expected
 from maskrcnn_benchmark.models.build import build_model
 from maskrcnn_benchmark.models.weights import load_weights
-from maskrcnn_benchmark.report.console import setup_logging
+from maskrcnn_benchmark.report.console import TrainingMeter, final_lines, setup_logging
 
 
 def parse() -> argparse.Namespace:
@@ -40,6 +41,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    started = time.time()
     cfg = get_config(args.config_file, args.overrides)
     device = get_device(args.device or cfg.MODEL.DEVICE)
     with distributed.process_group(device):
@@ -48,10 +50,11 @@ def main() -> int:
         if not cfg.DATASETS.TEST:
             raise ConfigError("DATASETS.TEST is empty: name a data set of data/catalog.py, such as coco_2017_val")
         scores = score_file(cfg, args.predictions) if args.predictions else score_model(cfg, device, output, args.ckpt)
-        performance = {"eval_seconds": scores.get("eval_seconds"), "max_memory_mb": round(device.max_memory_mb(), 1)}
+        performance = measured(scores, device)
         write_result(cfg, device, output, scores, performance)
         if distributed.is_main():
-            print(format_table(scores), flush=True)
+            print(format_table(scores))
+            print(final_lines(performance, scores, time.time() - started), flush=True)
     check_expected(scores, cfg.TEST.EXPECTED_RESULTS, cfg.TEST.EXPECTED_RESULTS_SIGMA_TOL)
     return 0
 
@@ -64,6 +67,18 @@ def score_model(cfg: CfgNode, device: Device, output: Path, ckpt: str | None) ->
     model = build_model(cfg, device)
     load_weights(model, str(weights), cfg.MODEL.ALLOW_PICKLE)
     return evaluate_model(cfg, device, model, datasets, output)
+
+
+def measured(scores: dict[str, Any], device: Device) -> dict[str, Any]:
+    """result.json's performance: whole evaluations a second, data, model and scoring together; null for a file."""
+    seconds = scores.get("eval_seconds")
+    rate = scores["images"] / seconds if seconds else None
+    return TrainingMeter(0, 0, 0, 0).performance() | {
+        "images_per_second": rate,
+        "images_per_second_per_device": rate / distributed.world_size() if rate else None,
+        "eval_seconds": seconds,
+        "max_memory_mb": round(device.max_memory_mb(), 1),
+    }
 
 
 def score_file(cfg: CfgNode, predictions: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,9 @@ def test_datasets(cfg: CfgNode) -> dict[str, CocoDataset]:
 def evaluate_model(
     cfg: CfgNode, device: Device, model: nn.Module, datasets: dict[str, CocoDataset], output: Path
 ) -> dict[str, Any]:
-    """Scores of the model: for the first data set `{"bbox": {...}, "segm": {...}, "eval_seconds": s}`, and those of
-    further ones under "datasets" by name; the same on every rank. Results are kept as OUTPUT/inference/NAME.json, and
-    a few images with truth and predictions as OUTPUT/predictions/*.png."""
+    """Scores of the model, the same on every rank: for the first data set `{"bbox": {...}, "segm": {...}, "images": n,
+    "eval_seconds": s}`, those of further ones under "datasets" by name. Results are kept as OUTPUT/inference/NAME.json,
+    and a few images with truth and predictions as OUTPUT/predictions/*.png."""
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     scores: dict[str, Any] = {}
     for name, dataset in datasets.items():
@@ -74,14 +75,14 @@ def evaluate_model(
         results = infer(cfg, device, model, dataset)
         score = None
         if results is not None:
-            path = output / "inference" / f"{name}.json"
+            path = output / "inference" / f"{re.sub(r'[^0-9A-Za-z_.-]+', '_', name)}.json"
             path.parent.mkdir(exist_ok=True)
             text = json.dumps(results)
             write_atomically(path, lambda file, text=text: file.write(text.encode()))
             draw_pictures(dataset, results, output / "predictions", cfg.LOGGING.PREDICTION_IMAGES)
             score = evaluate(dataset.annotation_file, results, tasks, cfg.TEST.EVALUATOR, dataset.image_ids)
         score = distributed.broadcast(score)
-        score["eval_seconds"] = time.perf_counter() - started
+        score |= {"images": len(dataset), "eval_seconds": time.perf_counter() - started}
         if scores:
             scores.setdefault("datasets", {})[name] = score
         else:
