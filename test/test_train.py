@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -346,9 +348,68 @@ def test_wrong_weights(train_error, trained, tmp_path):
     )
 
 
-def test_truncated_image_is_named(run, tiny_config, shapes, tmp_path):
-    import shutil
+def spoil(shapes: Path, directory: Path, change) -> Path:
+    """A copy of the data set with `change(content)` applied to its training annotations; returns its directory."""
+    shutil.copytree(shapes, directory)
+    file = directory / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    content = change(content) or content
+    file.write_text(json.dumps(content))
+    return directory
 
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: {"some": "thing"}, ("not a COCO", "images")),
+        (lambda c: c["annotations"][3].update(category_id=77), ("category id 77",)),
+        (lambda c: c["annotations"][3].update(image_id=7777), ("image id 7777",)),
+        (lambda c: c.update(images=[], annotations=[]), ("empty",)),
+        (lambda c: c.update(annotations=[]), ("none of its 0 annotations",)),
+        (lambda c: c["images"][2].update(file_name="gone.jpg"), ("gone.jpg",)),
+        (lambda c: c["categories"][0].update(name="changed"), ("differ", "changed")),
+    ],
+    ids=[
+        "not COCO",
+        "unknown category",
+        "unknown image",
+        "empty",
+        "no annotations",
+        "missing file",
+        "other categories",
+    ],
+)
+def test_spoilt_annotations_stop_the_run(train_error, shapes, tmp_path, change, words):
+    train_error("DATA.PATH", spoil(shapes, tmp_path / "data", change), words=words)
+    assert not (tmp_path / "out" / "model_final.pth").exists()
+
+
+def test_training_goes_on_without_unusable_annotations(run, tiny_config, shapes, tmp_path):
+    """A zero-area box and a NaN coordinate are dropped, counted and named; training stays finite."""
+
+    def change(content: dict) -> None:
+        first, second = content["annotations"][:2]
+        first["bbox"][2] = 0
+        second["segmentation"][0][0] = math.nan
+
+    data = spoil(shapes, tmp_path / "data", change)
+    arguments = ("--config-file", tiny_config, "--device", "cpu", "--skip-test", "DATA.PATH", data)
+    result = run(TRAIN, *arguments, "OUTPUT_DIR", tmp_path / "out")
+    assert_ok(result)
+    assert "1 annotations have a box without area and are dropped (ids 1)" in result.stdout
+    assert "1 annotations have NaN or infinite coordinates and are dropped (ids 2)" in result.stdout
+    assert all(math.isfinite(line["loss"]) for line in read_metrics(tmp_path / "out"))
+
+
+def test_resume_from_another_model_is_an_error(run, tiny_config, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "out")
+    arguments = ("--config-file", tiny_config, "--device", "cpu", "--resume", "OUTPUT_DIR", tmp_path / "out")
+    assert_user_error(run(TRAIN, *arguments, "MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM", "16"), "another model")
+    (tmp_path / "out" / "last_checkpoint").write_text("model_gone.pth")
+    assert_user_error(run(TRAIN, *arguments), "model_gone.pth")
+
+
+def test_truncated_image_is_named(run, tiny_config, shapes, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     picture = next(iter(sorted((data / "train2017").glob("*.jpg"))))
