@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -24,8 +26,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         raise SystemExit(main())
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        rank = os.environ.get("RANK", "0")
+        sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
+        _write_to_log_files(str(error))
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         raise SystemExit(130) from None
+
+
+def _write_to_log_files(message: str) -> None:
+    """The run's log files get the error too; the screen has it already."""
+    logger = logging.getLogger(__package__)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(logger.makeRecord(logger.name, logging.ERROR, __file__, 0, message, (), None))

@@ -65,10 +65,10 @@ mkdir -p "$output" 2>/dev/null || fail "--output: cannot create $output"
 run=("$PYTHON")
 if [ "$nnodes" -gt 1 ]; then
     [ -n "$master_addr" ] || fail "--nnodes=$nnodes needs --master_addr=A, the address of node 0"
-    run+=(-m torch.distributed.run --nproc-per-node "$nproc" --nnodes "$nnodes" --node-rank "$node_rank"
+    run+=(-m maskrcnn_benchmark.engine.launch --nproc-per-node "$nproc" --nnodes "$nnodes" --node-rank "$node_rank"
         --master-addr "$master_addr" --master-port "$master_port")
 elif [ "$nproc" -gt 1 ]; then
-    run+=(-m torch.distributed.run --standalone --nproc-per-node "$nproc")
+    run+=(-m maskrcnn_benchmark.engine.launch --standalone --nproc-per-node "$nproc")
 fi
 # exec: signals reach the ranks' parent itself, and its status is ours
 exec "${run[@]}" "$ROOT/tools/$TOOL" --config-file "$config" --device "$device" "${FIXED[@]}" "${arguments[@]}" \

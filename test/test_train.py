@@ -269,6 +269,20 @@ def test_launcher_trains_on_two_ranks(run, shapes, tiny_config, tmp_path):
     assert sorted(shapes.rglob("*")) == before
 
 
+def test_launcher_ends_with_the_status_of_its_ranks(run, shapes, tiny_config, tmp_path):
+    arguments = (
+        f"--data_path={shapes}",
+        f"--config={tiny_config}",
+        "--device=cpu",
+        "--nproc=2",
+        f"--output={tmp_path}",
+    )
+    result = run("test/train_full_8p.sh", *arguments, "MODEL.ROI_BOX_HEAD.NUM_CLASSES", "81")
+    assert_user_error(result, "rank", "status 2")
+    assert "NUM_CLASSES is 81" in result.stderr
+    assert "NUM_CLASSES is 81" in (tmp_path / "train_1.log").read_text()
+
+
 def test_killed_rank_ends_the_launcher(shapes, tiny_config, tmp_path):
     command = ["bash", str(ROOT / "test" / "train_full_8p.sh"), f"--data_path={shapes}", f"--config={tiny_config}"]
     command += ["--device=cpu", "--nproc=2", f"--output={tmp_path}", "SOLVER.MAX_ITER", "100000"]
@@ -279,7 +293,7 @@ def test_killed_rank_ends_the_launcher(shapes, tiny_config, tmp_path):
         ranks = children(launcher.pid)
         assert len(ranks) >= 2
         os.kill(ranks[-1], signal.SIGKILL)
-        assert launcher.wait(timeout=30) != 0
+        assert launcher.wait(timeout=30) == 128 + signal.SIGKILL
         time.sleep(0.5)
         assert not [pid for pid in ranks if running(pid)]
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -228,16 +229,10 @@ def _read(
     reader: BatchReader, jobs: Iterable[Job], workers: int, device: Device
 ) -> Iterator[tuple[ImageBatch, Targets]]:
     """Batches on the host, in the order of the jobs, pinned where the device wants it."""
-    loader = DataLoader(
-        reader,
-        batch_size=None,
-        sampler=jobs,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_start_worker,
-        pin_memory=device.pinned_memory,
-        generator=torch.Generator(),  # or torch's global one is drawn from, and the run's random numbers shift
-    )
+    with warnings.catch_warnings():
+        # That there are more workers than cores: the configuration says how many
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = _loader(reader, jobs, workers, device)
     try:
         with _keep_child_handler():
             batches = iter(loader)
@@ -251,6 +246,19 @@ def _read(
         raise
     finally:
         batches = None  # ends the workers now: a traceback may keep this frame for long
+
+
+def _loader(reader: BatchReader, jobs: Iterable[Job], workers: int, device: Device) -> DataLoader:
+    return DataLoader(
+        reader,
+        batch_size=None,
+        sampler=jobs,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_start_worker,
+        pin_memory=device.pinned_memory,
+        generator=torch.Generator(),  # or torch's global one is drawn from, and the run's random numbers shift
+    )
 
 
 def _as_it_is(batch):

@@ -67,6 +67,8 @@ def build_backbone(cfg: CfgNode) -> tuple[nn.Sequential, int]:
         resnet_depth(cfg),
         build_norm(cfg, resnets.NORM),
         in_channels=len(cfg.INPUT.PIXEL_MEAN),
+        input_std=(57.4 if cfg.INPUT.TO_BGR255 else 0.225)
+        / min(cfg.INPUT.PIXEL_STD),  # ImageNet's, as the model sees it
         stem_channels=resnets.STEM_OUT_CHANNELS,
         out_stages=(0, 1, 2, 3) if fpn else (2,),
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Norm, conv_norm, init_he
+from .layers import FrozenBatchNorm2d, Norm, conv_norm, init_he
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -13,14 +13,23 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 
 class Stem(nn.Module):
     """7x7 convolution and 3x3 max pooling: stride 4."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm: Norm) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm, input_std: float) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = norm(out_channels)
         init_he(self.conv1.weight)
+        if isinstance(self.bn1, FrozenBatchNorm2d):
+            self.bn1.running_var.fill_(input_std**2)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.max_pool2d(F.relu_(conv_norm(x, self.conv1, self.bn1)), kernel_size=3, stride=2, padding=1)
+
+
+def damp_branch(last_norm: nn.Module) -> None:
+    """Lets a block start close to its shortcut. A frozen norm normalises nothing, so without this (and the stem's
+    variance) activations double from block to block, and R-50 from scratch is NaN at the third step."""
+    if isinstance(last_norm, FrozenBatchNorm2d):
+        last_norm.weight.fill_(0.25)
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Sequential | None:
@@ -39,6 +48,7 @@ class BasicBlock(nn.Module):
         self.bn1 = norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, dilation, dilation, bias=False)
         self.bn2 = norm(out_channels)
+        damp_branch(self.bn2)
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else conv_norm(x, *self.downsample)
@@ -72,6 +82,7 @@ class Bottleneck(nn.Module):
         self.bn2 = norm(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = norm(out_channels)
+        damp_branch(self.bn3)
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else conv_norm(x, *self.downsample)
@@ -117,6 +128,7 @@ class ResNet(nn.Module):
     """Stem and the first `stages` stages: `stem`, `layer1` (res2) .. `layer4` (res5).
 
     freeze_at: how many of stem, layer1, ... take no part in training, norms included.
+    input_std: standard deviation of the input that fresh weights are made for.
     out_stages: which stages' outputs are returned (0 for res2); their channels are in `out_channels`.
     """
 
@@ -125,6 +137,7 @@ class ResNet(nn.Module):
         depth: int,
         norm: Norm,
         in_channels: int = 3,
+        input_std: float = 1.0,
         stem_channels: int = 64,
         out_stages: tuple[int, ...] = (0, 1, 2, 3),
         freeze_at: int = 2,
@@ -132,7 +145,7 @@ class ResNet(nn.Module):
         **stage_options,
     ) -> None:
         super().__init__()
-        self.stem = Stem(in_channels, stem_channels, norm)
+        self.stem = Stem(in_channels, stem_channels, norm, input_std)
         self.stages: list[str] = []
         self.out_stages = out_stages
         self.out_channels: list[int] = []
