@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from .errors import UserError
+
+# What a rank is told when another one has ended.
+LOST_CONNECTION = re.compile(r"Connection (closed|reset)|Broken pipe|Timed out waiting", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +34,16 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
         _write_to_log_files(str(error))
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        if "RANK" not in os.environ or not LOST_CONNECTION.search(str(error)):
+            raise
+        sys.stderr.write(f"error on rank {os.environ['RANK']}: another rank is gone ({str(error).splitlines()[0]})\n")
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         raise SystemExit(130) from None

@@ -42,6 +42,9 @@ done
 [ -d "$data_path" ] || fail "--data_path: $data_path is not a directory"
 [ -f "$config" ] || fail "--config: $config is not a file"
 [[ "${nproc:-1}" =~ ^[1-9][0-9]*$ ]] || fail "--nproc: $nproc is not a number of processes"
+for number in "$nnodes" "$node_rank" "$master_port"; do
+    [[ "$number" =~ ^[0-9]+$ ]] || fail "--nnodes, --node_rank and --master_port must be numbers, not $number"
+done
 find_python || fail "no Python with the dependencies found; activate an environment with them, or run bash test/quickstart.sh once"
 
 found="$("$PYTHON" -m maskrcnn_benchmark.device "$device")" || exit 2

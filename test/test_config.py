@@ -62,6 +62,18 @@ def test_configurations_are_frozen_and_independent():
         (["MODEL.KEYPOINT_ON", "True"], ["KEYPOINT_ON"]),
         (["SOLVER.IMS_PER_BATCH", "0"], ["IMS_PER_BATCH"]),
         (["SOLVER.ACCUMULATE_STEPS", "3"], ["divisible"]),
+        (["SOLVER.STEPS", "(1, 'a')"], ["SOLVER.STEPS", "'a'", "str"]),
+        (["SOLVER.MAX_EPOCHS", "-1"], ["MAX_EPOCHS", "negative"]),
+        (["SOLVER.MAX_EPOCHS", "3"], ["STEPS", "epochs"]),
+        (["INPUT.PIXEL_STD", "[0, 0, 0]"], ["PIXEL_STD", "above 0"]),
+        (["INPUT.PIXEL_MEAN", "[0]"], ["PIXEL_MEAN", "3 channels"]),
+        (["INPUT.FIXED_SHAPES", "(96, 96)"], ["FIXED_SHAPES", "96"]),
+        (["MODEL.RPN.ASPECT_RATIOS", "()"], ["ASPECT_RATIOS", "at least 1"]),
+        (["MODEL.ROI_HEADS.BBOX_REG_WEIGHTS", "(1., 1.)"], ["BBOX_REG_WEIGHTS"]),
+        (["DATASETS.TRAIN", "(1,)"], ["DATASETS.TRAIN", "int"]),
+        (["TEST.EXPECTED_RESULTS", "['x']"], ["EXPECTED_RESULTS", "str"]),
+        (["TEST.EXPECTED_RESULTS", '[["mask", "AP", [0.3, 0.01]]]'], ["EXPECTED_RESULTS", "bbox"]),
+        (["TEST.EXPECTED_RESULTS", '[["bbox", "AP", [0.3, 0.01]]]'], ["DATASETS.TEST", "empty"]),
     ],
 )
 def test_errors_name_the_key_and_the_way_out(overrides, words):
@@ -97,6 +109,8 @@ def test_files_that_cannot_be_used(tmp_path):
         get_config(write(tmp_path / "list.yaml", "- 1"))
     with pytest.raises(ConfigError, match=r"missing\.yaml.*child\.yaml"):
         get_config(write(tmp_path / "child.yaml", "_BASE_: missing.yaml"))
+    with pytest.raises(ConfigError, match="_BASE_ must be"):
+        get_config(write(tmp_path / "five.yaml", "_BASE_: 5"))
     write(tmp_path / "one.yaml", "_BASE_: two.yaml")
     with pytest.raises(ConfigError, match="circle"):
         get_config(write(tmp_path / "two.yaml", "_BASE_: one.yaml"))

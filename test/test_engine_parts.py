@@ -61,6 +61,14 @@ def test_scaled_from_the_reference_batch(caplog):
     assert "learning rate 0.01" in caplog.text and "scaled" in caplog.text
 
 
+def test_mlperf_warm_up_scales_with_the_batch():
+    """An eighth of the rate over eight times the steps: a 64th of the rate a step."""
+    changes = ["SOLVER.WARMUP_METHOD", "mlperf_linear", "SOLVER.WARMUP_FACTOR", "0.004", "SOLVER.WARMUP_ITERS", "20"]
+    changes += ["SOLVER.REFERENCE_IMS_PER_BATCH", "16", "SOLVER.IMS_PER_BATCH", "2"]
+    schedule = make_schedule(get_config(overrides=[*SCHEDULE, *changes]), 50)
+    assert [schedule.lr(i) for i in (0, 80, 160)] == pytest.approx([0.0, 0.005, 0.01])
+
+
 def test_epochs_replace_iterations():
     changes = ["SOLVER.MAX_EPOCHS", "4", "SOLVER.STEPS", "(2, 3)"]
     schedule = make_schedule(get_config(overrides=[*SCHEDULE, *changes]), 50)
@@ -133,7 +141,7 @@ def test_metrics_of_steps_trained_again_are_cut(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    checkpoint.save(tmp_path, "model_0000001.pth", {"model": {}, "config": ""})
+    checkpoint.save(tmp_path, "model_0000001.pth", dict.fromkeys(checkpoint.KEYS, 1))
 
     def fail(file):
         file.write(b"half")
@@ -141,21 +149,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
     with pytest.raises(CheckpointError, match="No space left"):
         checkpoint.write_atomically(tmp_path / "model_0000001.pth", fail)
-    assert checkpoint.read(tmp_path / "model_0000001.pth")["model"] == {}
+    assert checkpoint.read(tmp_path / "model_0000001.pth")["model"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0000001.pth"]
 
 
-def test_newest_checkpoints_are_kept(tmp_path):
-    for done in (1, 2, 3):
-        checkpoint.save(tmp_path, f"model_{done:07d}.pth", {"model": {}, "config": ""})
-    checkpoint.save(tmp_path, "model_best.pth", {"model": {}, "config": ""}, last=False)
-    checkpoint.keep_newest(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.glob("*.pth")) == [
-        "model_0000002.pth",
-        "model_0000003.pth",
-        "model_best.pth",
-    ]
-    assert checkpoint.last(tmp_path).name == "model_0000003.pth"
+def test_a_fresh_run_forgets_the_former_ones_checkpoint(tmp_path):
+    checkpoint.save(tmp_path, "model_0000001.pth", {})
+    checkpoint.save(tmp_path, "model_best.pth", {}, last=False)
+    assert checkpoint.last(tmp_path).name == "model_0000001.pth"
+    checkpoint.forget(tmp_path)
+    assert checkpoint.last(tmp_path) is None and (tmp_path / "model_0000001.pth").exists()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])

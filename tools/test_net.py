@@ -27,7 +27,7 @@ from maskrcnn_benchmark.report.console import TrainingMeter, final_lines, setup_
 
 
 def parse() -> argparse.Namespace:
-    parser = command.Parser(description=__doc__, epilog="Writes OUTPUT_DIR/result.json; see docs for its fields.")
+    parser = command.Parser(description=__doc__, epilog="Writes OUTPUT_DIR/result.json: scores, speed and environment.")
     parser.add_argument("--config-file", required=True, metavar="YAML", help="the model and DATASETS.TEST")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -84,7 +84,9 @@ def measured(scores: dict[str, Any], device: Device) -> dict[str, Any]:
 def score_file(cfg: CfgNode, predictions: str) -> dict[str, Any]:
     results = load_results(predictions)
     dataset = next(iter(test_datasets(cfg).values()))
-    tasks = ("bbox", "segm") if any("segmentation" in result for result in results) else ("bbox",)
+    keys = {"bbox": "bbox", "segm": "segmentation"}
+    tasks = [task for task, key in keys.items() if any(isinstance(r, dict) and key in r for r in results)]
+    tasks = tasks or (["bbox", "segm"] if cfg.MODEL.MASK_ON else ["bbox"])
     return evaluate(dataset.annotation_file, results, tasks, cfg.TEST.EVALUATOR, dataset.image_ids)
 
 

@@ -14,6 +14,7 @@ from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.engine import distributed
 from maskrcnn_benchmark.engine.train import Run, prepare_output, run_training
+from maskrcnn_benchmark.errors import ResultError
 from maskrcnn_benchmark.evaluation.coco import format_table
 from maskrcnn_benchmark.evaluation.expected import check_expected
 from maskrcnn_benchmark.report.console import case_log, final_lines, setup_logging
@@ -44,10 +45,16 @@ def main() -> int:
         output = prepare_output(cfg)
         setup_logging(output, distributed.rank(), cfg.LOGGING.RANK_LOGS)
         run = run_training(cfg, device, args.resume, args.skip_test)
+        missed = None
+        if run.scores and not args.skip_test:
+            try:
+                check_expected(run.scores, cfg.TEST.EXPECTED_RESULTS, cfg.TEST.EXPECTED_RESULTS_SIGMA_TOL)
+            except ResultError as error:
+                missed = error  # after the report: its lines are there even when they disappoint
         if distributed.is_main():
             report(run, time.time() - started, accuracy=bool(run.scores))
-    if run.scores:
-        check_expected(run.scores, cfg.TEST.EXPECTED_RESULTS, cfg.TEST.EXPECTED_RESULTS_SIGMA_TOL)
+    if missed:
+        raise missed
     return 0
 
 

@@ -75,7 +75,10 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a UTF-8 text file") from error
     bases = values.pop(BASE_KEY, [])
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: {BASE_KEY} must be a path or a list of paths, not {bases!r}")
+    for base in bases:
         yield from _read(path.parent / Path(base).expanduser(), (*above, path))
     yield path, values
 

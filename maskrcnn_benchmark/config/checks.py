@@ -40,6 +40,41 @@ POSITIVE = (
     "MODEL.ROI_HEADS.DETECTIONS_PER_IMG",
 )
 
+NOT_NEGATIVE = (
+    "DATALOADER.NUM_WORKERS",
+    "DATALOADER.SIZE_DIVISIBILITY",
+    "SOLVER.BASE_LR",
+    "SOLVER.MAX_ITER",
+    "SOLVER.MAX_EPOCHS",
+    "SOLVER.REFERENCE_IMS_PER_BATCH",
+    "SOLVER.MOMENTUM",
+    "SOLVER.WEIGHT_DECAY",
+    "SOLVER.WARMUP_ITERS",
+    "SOLVER.EVAL_PERIOD",
+    "SOLVER.CHECKPOINTS_KEPT",
+    "LOGGING.WARMUP_STEPS",
+)
+
+# Lists: the type of an element, the least length, and whether elements must be above 0.
+NUMBER = (int, float)
+LISTS = {
+    "DATASETS.TRAIN": (str, 0, False),
+    "DATASETS.TEST": (str, 0, False),
+    "INPUT.MIN_SIZE_TRAIN": (int, 1, True),
+    "INPUT.PIXEL_MEAN": (NUMBER, 1, False),
+    "INPUT.PIXEL_STD": (NUMBER, 1, True),
+    "INPUT.FIXED_SHAPES": ((tuple, list), 0, False),
+    "MODEL.RPN.ANCHOR_SIZES": (NUMBER, 1, True),
+    "MODEL.RPN.ANCHOR_STRIDE": (int, 1, True),
+    "MODEL.RPN.ASPECT_RATIOS": (NUMBER, 1, True),
+    "MODEL.ROI_HEADS.BBOX_REG_WEIGHTS": (NUMBER, 4, True),
+    "MODEL.ROI_BOX_HEAD.POOLER_SCALES": (NUMBER, 1, True),
+    "MODEL.ROI_MASK_HEAD.POOLER_SCALES": (NUMBER, 1, True),
+    "MODEL.ROI_MASK_HEAD.CONV_LAYERS": (int, 1, True),
+    "SOLVER.STEPS": (int, 0, False),
+    "TEST.EXPECTED_RESULTS": ((tuple, list), 0, False),
+}
+
 NOT_BUILT = ("MODEL.RPN_ONLY", "MODEL.RETINANET_ON", "MODEL.KEYPOINT_ON", "MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS")
 
 CONV_BODY = re.compile(r"R-(18|34|50|101|152)-(C4|FPN)")
@@ -60,13 +95,51 @@ def check(cfg: CfgNode) -> None:
     for key in POSITIVE:
         if get(cfg, key) < 1:
             raise ConfigError(f"{key} is {get(cfg, key)}; it must be at least 1")
+    for key in NOT_NEGATIVE:
+        _require(get(cfg, key) >= 0, f"{key} is {get(cfg, key)}; it must not be negative")
+    for key, (kind, length, positive) in LISTS.items():
+        _check_list(key, get(cfg, key), kind, length, positive)
     for key in NOT_BUILT:
         if get(cfg, key):
             raise ConfigError(
                 f"{key} is True, but this version builds Mask R-CNN and Faster R-CNN only; set it to False"
             )
+    _check_input(cfg)
     _check_model(cfg)
     _check_solver(cfg)
+    _check_expected(cfg)
+
+
+def _check_list(key: str, values: list | tuple, kind: type | tuple[type, ...], length: int, positive: bool) -> None:
+    _require(len(values) >= length, f"{key} is {values}; it needs at least {length} elements")
+    for value in values:
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        _require(right, f"{key} is {values}; its element {value!r} is a {type(value).__name__}")
+        _require(not positive or value > 0, f"{key} is {values}; its elements must be above 0")
+
+
+def _check_input(cfg: CfgNode) -> None:
+    means, stds = len(cfg.INPUT.PIXEL_MEAN), len(cfg.INPUT.PIXEL_STD)
+    _require(means == stds == 3, f"INPUT.PIXEL_MEAN has {means} and PIXEL_STD {stds} numbers; images have 3 channels")
+    for shape in cfg.INPUT.FIXED_SHAPES:
+        _check_list("INPUT.FIXED_SHAPES", shape, int, 2, True)
+
+
+def _check_expected(cfg: CfgNode) -> None:
+    """Known before training what can be judged after it."""
+    for entry in cfg.TEST.EXPECTED_RESULTS:
+        task, metric, *numbers = [*entry, None, None]
+        numbers = [n for n in numbers if n is not None]
+        numbers = numbers[0] if len(numbers) == 1 and isinstance(numbers[0], (tuple, list)) else numbers
+        _require(
+            task in ("bbox", "segm") and isinstance(metric, str) and len(numbers) == 2,
+            f'TEST.EXPECTED_RESULTS: {entry!r} must be ["bbox" or "segm", metric, [mean, sigma]]',
+        )
+        _require(task == "bbox" or cfg.MODEL.MASK_ON, "TEST.EXPECTED_RESULTS judges segm, but MODEL.MASK_ON is False")
+    _require(
+        not cfg.TEST.EXPECTED_RESULTS or len(cfg.DATASETS.TEST) > 0,
+        "TEST.EXPECTED_RESULTS is set, but DATASETS.TEST is empty: nothing would be judged",
+    )
 
 
 def _require(holds: bool, message: str) -> None:
@@ -139,6 +212,10 @@ def _check_solver(cfg: CfgNode) -> None:
     solver, size = cfg.SOLVER, cfg.INPUT.MIN_SIZE_TRAIN
     _require(list(solver.STEPS) == sorted(solver.STEPS), f"SOLVER.STEPS {tuple(solver.STEPS)} must rise")
     _require(
+        not solver.MAX_EPOCHS or solver.LR_SCHEDULER == "cosine" or max(solver.STEPS, default=0) <= solver.MAX_EPOCHS,
+        f"SOLVER.STEPS {tuple(solver.STEPS)} count epochs with MAX_EPOCHS, and lie beyond its {solver.MAX_EPOCHS}",
+    )
+    _require(
         solver.MAX_ITER > 0 or solver.MAX_EPOCHS > 0,
         "SOLVER.MAX_ITER and SOLVER.MAX_EPOCHS are both 0: nothing to train",
     )
@@ -148,6 +225,6 @@ def _check_solver(cfg: CfgNode) -> None:
     )
     _require(len(size) > 0 and min(size) > 0, f"INPUT.MIN_SIZE_TRAIN is {tuple(size)}; it needs at least one size")
     _require(
-        cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "choice" or len(size) == 2,
+        cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "choice" or (len(size) == 2 and size[0] <= size[1]),
         f"INPUT.MIN_SIZE_TRAIN_SAMPLING is range, so MIN_SIZE_TRAIN must be (least, most), not {tuple(size)}",
     )

@@ -15,7 +15,7 @@ _C.SEED = 0
 _C.DETERMINISTIC = False
 # Evaluate after every epoch (the MLPerf forks' key)
 _C.PER_EPOCH_EVAL = False
-# Write model_*.pth while training (the MLPerf forks' key); model_final.pth is always written
+# Write model_*.pth (the MLPerf forks' key); False for runs that measure speed
 _C.SAVE_CHECKPOINTS = True
 
 # ------------------------------------------------------------------------------------------------ model
@@ -241,7 +241,7 @@ _C.SOLVER.WARMUP_METHOD = "linear"
 _C.SOLVER.CLIP_GRADIENTS_NORM = 0.0
 # Iterations from one checkpoint to the next
 _C.SOLVER.CHECKPOINT_PERIOD = 2500
-# (+) Numbered checkpoints kept on disk besides final and best; 0 keeps all
+# (+) Numbered checkpoints of this run kept on disk besides final and best; 0 keeps all
 _C.SOLVER.CHECKPOINTS_KEPT = 0
 # (+) Iterations from one evaluation to the next; 0: only at the end
 _C.SOLVER.EVAL_PERIOD = 0

@@ -25,6 +25,7 @@ class Device:
     compacts: padded rows are dropped before the heads (see structures.flatten_valid): right where reading a size
         from the device costs nothing, wrong where it stalls a queue.
     fused_optimizer: torch.optim's `fused=True` works on it.
+    gradient_views: its optimizers work on gradients that are views of DistributedDataParallel's buckets.
     optimizers: optimizers of the device's own, by SOLVER.OPTIMIZER's name; they replace torch's.
     """
 
@@ -36,6 +37,7 @@ class Device:
     channels_last: bool = False
     compacts: bool = False
     fused_optimizer: bool = False
+    gradient_views: bool = True
     optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = field(default_factory=dict)
 
     @property

@@ -16,6 +16,7 @@ from ..models.weights import check_match
 logger = logging.getLogger(__name__)
 
 LAST = "last_checkpoint"
+KEYS = {"model", "optimizer", "scaler", "iteration", "best", "config", "category_ids", "category_names", "world_size"}
 
 
 def write_atomically(path: Path, write) -> None:
@@ -42,11 +43,14 @@ def save(directory: Path, name: str, content: dict[str, Any], last: bool = True)
     return path
 
 
-def keep_newest(directory: Path, count: int) -> None:
-    """Deletes the oldest model_{iter:07d}.pth beyond `count`; 0 keeps all."""
-    if count:
-        for path in sorted(directory.glob("model_[0-9]*.pth"))[:-count]:
-            path.unlink()
+def forget(directory: Path) -> None:
+    """A fresh run in a used directory: --resume must not take the former run's checkpoint for this one's."""
+    marker = directory / LAST
+    if marker.is_file():
+        logger.warning(
+            "%s holds a run already; its checkpoints stay until files of the same names replace them", directory
+        )
+        marker.unlink()
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -62,7 +66,7 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"cannot read checkpoint {path}: {reason} ({type(error).__name__})") from error
-    if not isinstance(content, dict) or "model" not in content or "config" not in content:
+    if not isinstance(content, dict) or not content.keys() >= KEYS:
         raise CheckpointError(f"{path} is not a checkpoint of maskrcnn_benchmark; use it as MODEL.WEIGHT instead")
     return content
 

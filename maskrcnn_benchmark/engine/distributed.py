@@ -8,13 +8,17 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..device import Device
+
+# How long ranks wait for each other: the others wait while the main rank scores a large test set.
+WAIT = timedelta(hours=1)
 
 
 def rank() -> int:
@@ -37,7 +41,7 @@ def process_group(device: Device) -> Iterator[None]:
         yield
         return
     _die_with_parent()
-    dist.init_process_group(device.dist_backend)
+    dist.init_process_group(device.dist_backend, timeout=WAIT)
     try:
         yield
     finally:
@@ -49,11 +53,6 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of sys/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def gather(value: Any) -> list[Any] | None:
@@ -80,6 +79,13 @@ def mean(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         tensor /= world_size()
     return tensor
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives every rank the main rank's running statistics, so that all evaluate the model that is saved."""
+    if dist.is_initialized() and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def first_message(message: str | None) -> str | None:

@@ -79,7 +79,8 @@ def evaluate_model(
             path.parent.mkdir(exist_ok=True)
             text = json.dumps(results)
             write_atomically(path, lambda file, text=text: file.write(text.encode()))
-            draw_pictures(dataset, results, output / "predictions", cfg.LOGGING.PREDICTION_IMAGES)
+            pictures = output / "predictions" / (path.stem if len(datasets) > 1 else "")
+            draw_pictures(dataset, results, pictures, cfg.LOGGING.PREDICTION_IMAGES)
             score = evaluate(dataset.annotation_file, results, tasks, cfg.TEST.EVALUATOR, dataset.image_ids)
         score = distributed.broadcast(score)
         score |= {"images": len(dataset), "eval_seconds": time.perf_counter() - started}
@@ -92,7 +93,7 @@ def evaluate_model(
 
 def draw_pictures(dataset: CocoDataset, results: list[dict[str, Any]], directory: Path, count: int) -> None:
     """The data set's first `count` images, each with its annotations on the left and the detections on the right."""
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     names = dict(zip(dataset.category_ids, dataset.category_names))
     for index in range(min(count, len(dataset))):
         image, image_id = dataset.load(index).image, dataset.image_ids[index]

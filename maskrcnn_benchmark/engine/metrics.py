@@ -97,6 +97,6 @@ class MetricsWriter:
 
 def _iteration(line: str) -> float:
     try:
-        return json.loads(line)["iter"]
-    except (ValueError, KeyError):  # the half line of a killed run
+        return float(json.loads(line)["iter"])
+    except (ValueError, KeyError, TypeError):  # the half line of a killed run
         return math.inf

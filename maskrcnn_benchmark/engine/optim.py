@@ -53,15 +53,17 @@ def make_schedule(cfg: CfgNode, steps_per_epoch: int) -> Schedule:
     """The schedule that SOLVER describes; scaled from SOLVER.REFERENCE_IMS_PER_BATCH where that is set."""
     solver = cfg.SOLVER
     base_lr, total, steps, warmup = solver.BASE_LR, solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS
-    scale = 1.0
+    scale, warmup_factor = 1.0, solver.WARMUP_FACTOR
     if solver.REFERENCE_IMS_PER_BATCH:
         scale = solver.IMS_PER_BATCH / solver.REFERENCE_IMS_PER_BATCH
         base_lr, warmup = base_lr * scale, round(warmup / scale)
+        if solver.WARMUP_METHOD == "mlperf_linear":  # the factor is a learning rate an iteration
+            warmup_factor *= scale**2
     if solver.MAX_EPOCHS:
         total = solver.MAX_EPOCHS * steps_per_epoch
         steps = tuple(step * steps_per_epoch for step in steps)
     else:
-        total, steps = round(total / scale), tuple(round(step / scale) for step in steps)
+        total, steps = max(1, round(total / scale)), tuple(round(step / scale) for step in steps)
     logger.info(
         "schedule: %d images a step, %d steps (%.2f epochs), learning rate %g, steps %s, warm-up %d%s",
         *(solver.IMS_PER_BATCH, total, total / steps_per_epoch, base_lr, tuple(steps), warmup),
@@ -74,7 +76,7 @@ def make_schedule(cfg: CfgNode, steps_per_epoch: int) -> Schedule:
         gamma=solver.GAMMA,
         cosine=solver.LR_SCHEDULER == "cosine",
         warmup_iterations=warmup,
-        warmup_factor=solver.WARMUP_FACTOR,
+        warmup_factor=warmup_factor,
         warmup_method=solver.WARMUP_METHOD,
     )
 
@@ -104,7 +106,7 @@ def make_optimizer(cfg: CfgNode, model: nn.Module, device: Device) -> torch.opti
 def _apex_fused_sgd() -> type[torch.optim.Optimizer]:
     try:
         return importlib.import_module("apex.optimizers").FusedSGD
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: apex without its CUDA extensions
         raise ConfigError(
             f"SOLVER.OPTIMIZER is ApexFusedSGD, but NVIDIA apex cannot be imported ({error}); install it, or use SGD: "
             "torch's own is fused on CUDA"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from ..errors import DataError
 from ..evaluation.coco import detections_to_coco
 from ..models.build import build_model
 from . import checkpoint
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 
@@ -54,6 +57,13 @@ def load_predictor(weights: Path, device: Device) -> Predictor:
     """
     content = checkpoint.read(weights)
     cfg = parse_config(content["config"], f"the configuration in {weights}")
+    if cfg.DTYPE != "float32" and getattr(torch, cfg.DTYPE) not in device.autocast_dtypes:
+        logger.warning(
+            "%s was trained in %s, which %s does not have: predicting in float32", weights, cfg.DTYPE, device.type
+        )
+        cfg.defrost()
+        cfg.DTYPE = "float32"
+        cfg.freeze()
     model = build_model(cfg, device)
     checkpoint.load_model(model, content, weights)
     names = dict(zip(content["category_ids"], content["category_names"]))

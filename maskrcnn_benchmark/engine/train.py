@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from yacs.config import CfgNode
 
 from .. import ops
 from ..benchmark import environment
-from ..config import dump, sha256
+from ..config import dump, parse_config, sha256
 from ..data.catalog import build_dataset, check_num_classes, check_same_categories
 from ..data.coco import CocoDataset
 from ..data.loader import train_loader
@@ -63,6 +64,7 @@ class Run:
     scored_at: int | None = None
     loss: float | None = None
     losses: LossWindow = field(default_factory=LossWindow)
+    written: list[Path] = field(default_factory=list)
 
 
 def train(run: Run) -> int:
@@ -88,11 +90,10 @@ def train(run: Run) -> int:
         if due.evaluate and run.test:
             evaluate(run, done)
         if due.checkpoint:
-            save(run, done, f"model_{done:07d}.pth")
+            save(run, done, numbered(done))
         if reached_target(run):
             logger.info("MLPERF.MIN_BBOX_MAP and MIN_SEGM_MAP are reached at iteration %d: training stops", done)
             break
-    save(run, done, "model_final.pth")
     return done
 
 
@@ -101,10 +102,10 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
     micro-batches, on the device; nothing here waits for it."""
     sums: dict[str, Tensor] = {}
     for number, (images, targets) in enumerate(batches):
-        with _no_gradient_exchange(run.parallel, number + 1 < len(batches)), run.device.autocast(_dtype(run.cfg)):
-            losses = run.parallel(images, targets)
-            total = sum(losses.values()) / len(batches)
-            run.scaler.scale(total).backward()
+        with _no_gradient_exchange(run.parallel, number + 1 < len(batches)):
+            with run.device.autocast(_dtype(run.cfg)):
+                losses = run.parallel(images, targets)
+            run.scaler.scale(sum(losses.values()) / len(batches)).backward()
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.detach() / len(batches)
     if run.cfg.SOLVER.CLIP_GRADIENTS_NORM > 0:
@@ -112,7 +113,7 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
         nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.SOLVER.CLIP_GRADIENTS_NORM)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()  # no set_to_none: Ascend's fused optimizers refuse it
     return sums
 
 
@@ -159,6 +160,7 @@ def log(run: Run, done: int, losses: dict[str, float]) -> None:
 
 def evaluate(run: Run, done: int) -> None:
     """Scores the model on DATASETS.TEST, and keeps the best weights as model_best.pth."""
+    distributed.share_buffers(run.model)
     run.scores = evaluate_model(run.cfg, run.device, run.model, run.test, run.output)
     run.scored_at = done
     logger.info("accuracy at iteration %d\n%s", done, format_table(run.scores))
@@ -172,11 +174,10 @@ def evaluate(run: Run, done: int) -> None:
 
 
 def reached_target(run: Run) -> bool:
-    """MLPERF's targets, when both are set, against the last evaluation."""
+    """MLPERF's targets, when they are set, against the last evaluation."""
     target = {"bbox": run.cfg.MLPERF.MIN_BBOX_MAP, "segm": run.cfg.MLPERF.MIN_SEGM_MAP}
-    if not run.scores or min(target.values()) <= 0:
-        return False
-    return all((run.scores[task]["AP"] or 0.0) >= target[task] for task in _tasks(run))
+    tasks = _tasks(run)
+    return bool(tasks) and all(0 < target[task] <= (run.scores[task]["AP"] or 0.0) for task in tasks)
 
 
 def _tasks(run: Run) -> tuple[str, ...]:
@@ -187,10 +188,14 @@ def _dtype(cfg: CfgNode) -> torch.dtype:
     return getattr(torch, cfg.DTYPE)
 
 
+def numbered(done: int) -> str:
+    return f"model_{done:07d}.pth"
+
+
 def save(run: Run, done: int, name: str, last: bool = True) -> None:
     """A checkpoint: weights, optimizer, scaler and where the run stands; also names and preprocessing, so that
     predict.py needs nothing else."""
-    if not distributed.is_main():
+    if not (distributed.is_main() and run.cfg.SAVE_CHECKPOINTS):
         return
     content = {
         "model": run.model.state_dict(),
@@ -204,8 +209,11 @@ def save(run: Run, done: int, name: str, last: bool = True) -> None:
         "world_size": distributed.world_size(),
     }
     path = checkpoint.save(run.output, name, content, last)
-    checkpoint.keep_newest(run.output, run.cfg.SOLVER.CHECKPOINTS_KEPT)
     logger.info("wrote %s", path)
+    if name == numbered(done):
+        run.written.append(path)
+        if len(run.written) > run.cfg.SOLVER.CHECKPOINTS_KEPT > 0:
+            run.written.pop(0).unlink(missing_ok=True)
 
 
 def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
@@ -224,7 +232,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
     model = build_model(cfg, device)
     optimizer = make_optimizer(cfg, model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.DTYPE == "float16" and device.grad_scaler)
-    content = load_state(output, model, optimizer, scaler, device) if resume else None
+    content = load_state(cfg, output, model, optimizer, scaler) if resume else None
     if content is None and cfg.MODEL.WEIGHT:
         load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE)
     start, best = (content["iteration"], content["best"]) if content else (0, -1.0)
@@ -259,10 +267,12 @@ def parallelize(model: nn.Module, device: Device) -> nn.Module:
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     exchange = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in 2.13
     ids = [device.torch_device] if device.torch_device.index is not None else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **{exchange: running})
+    return DistributedDataParallel(
+        model, device_ids=ids, gradient_as_bucket_view=device.gradient_views, **{exchange: running}
+    )
 
 
-def load_state(output: Path, model: nn.Module, optimizer, scaler, device: Device) -> dict[str, Any] | None:
+def load_state(cfg: CfgNode, output: Path, model: nn.Module, optimizer, scaler) -> dict[str, Any] | None:
     """Loads the run's last checkpoint; None, with a line in the log, when there is none yet."""
     path = checkpoint.last(output)
     if path is None:
@@ -270,11 +280,23 @@ def load_state(output: Path, model: nn.Module, optimizer, scaler, device: Device
         return None
     content = checkpoint.read(path)
     checkpoint.load_model(model, content, path)
-    try:
-        optimizer.load_state_dict(content["optimizer"])
+    before = parse_config(content["config"], f"the configuration in {path}")
+    if before.SOLVER.OPTIMIZER != cfg.SOLVER.OPTIMIZER:
+        raise CheckpointError(
+            f"{path} holds the state of {before.SOLVER.OPTIMIZER}, but SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER}: "
+            "keep it, or start anew with the file as MODEL.WEIGHT"
+        )
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(content["optimizer"])
+    for group, option in zip(optimizer.param_groups, options):
+        group.update(option)  # weight decay and momentum are the configuration's, not the former run's
+    if content["scaler"] and scaler.is_enabled():
         scaler.load_state_dict(content["scaler"])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: the optimizer's state does not fit SOLVER.OPTIMIZER: {error}") from error
+    for key in ("IMS_PER_BATCH", "ACCUMULATE_STEPS"):
+        if before.SOLVER[key] != cfg.SOLVER[key]:
+            logger.warning(
+                "SOLVER.%s was %s, now %s: the order of images changes", key, before.SOLVER[key], cfg.SOLVER[key]
+            )
     if content["world_size"] != distributed.world_size():
         logger.warning(
             "%s was written by %d ranks, now there are %d: the run continues, but not bit for bit",
@@ -287,13 +309,18 @@ def load_state(output: Path, model: nn.Module, optimizer, scaler, device: Device
 def run_training(cfg: CfgNode, device: Device, resume: bool = False, skip_test: bool = False) -> Run:
     """A whole run: train, evaluate, write result.json. Returns the run; its `scores` are empty without a test."""
     output = prepare_output(cfg)
+    if not resume and distributed.is_main():
+        checkpoint.forget(output)
     for op in environment.KERNELS:
         ops.kernel_in_use(op, device.type)  # says so in the log
     run = build_run(cfg, device, output, resume)
+    write_config(cfg, output)
     try:
         done = train(run)
+        save(run, done, "model_final.pth")
         if run.test and not skip_test and run.scored_at != done:
             evaluate(run, done)
+            save(run, done, "model_final.pth")  # again, with the best score: a longer run must not forget it
     finally:
         run.metrics.close()
     performance = run.meter.performance() | {
@@ -305,15 +332,21 @@ def run_training(cfg: CfgNode, device: Device, resume: bool = False, skip_test: 
 
 
 def prepare_output(cfg: CfgNode) -> Path:
-    """Creates OUTPUT_DIR and writes the resolved config.yaml into it, before anything long begins."""
+    """Creates OUTPUT_DIR, and finds out before anything long begins whether files can be written there."""
     output = Path(cfg.OUTPUT_DIR)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if distributed.is_main():
-            checkpoint.write_atomically(output / "config.yaml", lambda file: file.write(dump(cfg).encode()))
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
         raise ConfigError(f"cannot write to OUTPUT_DIR {output}: {error.strerror}") from error
     return output
+
+
+def write_config(cfg: CfgNode, output: Path) -> None:
+    """The resolved configuration as config.yaml, on the main rank."""
+    if distributed.is_main():
+        checkpoint.write_atomically(output / "config.yaml", lambda file: file.write(dump(cfg).encode()))
 
 
 def write_result(cfg: CfgNode, device: Device, output: Path, scores: dict, performance: dict) -> None:
@@ -321,6 +354,8 @@ def write_result(cfg: CfgNode, device: Device, output: Path, scores: dict, perfo
     if not distributed.is_main():
         return
     result = {
+        "bbox": None,
+        "segm": None,
         **{key: value for key, value in scores.items() if key != "eval_seconds"},
         "performance": performance,
         "environment": environment.describe(device, distributed.world_size()),

@@ -62,10 +62,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         values = x.float()
         count = values.new_full((1,), values.numel() / values.shape[1])
-        sums = torch.cat((values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count))
-        total, squares, count = _SumOverRanks.apply(sums).split((self.num_features, self.num_features, 1))
+        total, count = _SumOverRanks.apply(torch.cat((values.sum((0, 2, 3)), count))).split((self.num_features, 1))
         mean = total / count
-        variance = squares / count - mean.square()
+        # Around the mean, in a second sum: the mean square less the squared mean can fall below zero in float32.
+        deviation = (values - mean[:, None, None]).square().sum((0, 2, 3))
+        variance = _SumOverRanks.apply(deviation) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
