@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC1091
 # Sourced by the scripts here. Sets ROOT, the checkout, and PYTHON, an interpreter with the project's dependencies:
 # $PYTHON where it is given, else the active environment's, else the checkout's own .venv.
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC1091
 # Sourced by the launchers with RANKS (processes they stand for), TOOL and FIXED (arguments of the tool) set.
 # Parses the options, starts the ranks, and ends with their status.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

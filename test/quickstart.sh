@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC1091,SC2034
 # From a fresh clone to a trained Mask R-CNN: environment, kernels, a generated data set, training, evaluation, pictures.
 # At most 15 minutes on two CPU cores, installation included.
 set -euo pipefail

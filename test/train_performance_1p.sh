@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC1091,SC2034
 # Train 300 steps on one device for the speed alone: bash test/train_performance_1p.sh --data_path=DIR
 set -euo pipefail
 RANKS=1 TOOL=train_net.py
