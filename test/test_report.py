@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import re
@@ -371,13 +372,22 @@ class TestLogging:
 
 
 class TestProgress:
-    @pytest.mark.parametrize(("total", "lines"), [(100, 10), (7, 7), (0, 0)])
-    def test_log_lines(self, total, lines, caplog):
+    def test_a_line_every_half_minute(self, monkeypatch, caplog):
+        """On a clock that gains 10 s with every item: after items 3, 6, 9, ..."""
+        clock = itertools.count(step=10.0)
+        monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
         with caplog.at_level(logging.INFO, logger="maskrcnn_benchmark"):
-            assert list(progress(iter(range(total)), total, "inference")) == list(range(total))
-        assert len(caplog.records) == lines
-        if lines:
-            assert caplog.records[-1].getMessage() == f"inference: {total} of {total}"
+            assert list(progress(iter(range(7)), 7, "inference")) == list(range(7))
+        lines = [record.getMessage() for record in caplog.records]
+        assert lines == [
+            "inference: 3 of 7, 0.10 a second, eta 0:00:40",
+            "inference: 6 of 7, 0.10 a second, eta 0:00:10",
+        ]
+
+    def test_nothing_for_what_is_done_at_once(self, caplog):
+        with caplog.at_level(logging.INFO, logger="maskrcnn_benchmark"):
+            assert list(progress(iter(range(100)), 100, "inference")) == list(range(100))
+        assert not caplog.records
 
     def test_a_bar_on_the_main_rank_of_a_terminal(self, monkeypatch, caplog):
         terminal = io.StringIO()
@@ -385,7 +395,7 @@ class TestProgress:
         monkeypatch.setattr(sys, "stderr", terminal)
         with caplog.at_level(logging.INFO, logger="maskrcnn_benchmark"):
             assert list(progress([1, 2, 3], 3, "inference")) == [1, 2, 3]
-            assert "inference: 100%" in terminal.getvalue() and not caplog.records
-            monkeypatch.setattr(console.distributed, "is_main", lambda: False)
-            assert list(progress([1, 2, 3], 3, "inference")) == [1, 2, 3]
-        assert caplog.records
+        assert "inference: 100%" in terminal.getvalue() and not caplog.records
+        monkeypatch.setattr(console.distributed, "is_main", lambda: False)
+        written = terminal.getvalue()
+        assert list(progress([1, 2, 3], 3, "inference")) == [1, 2, 3] and terminal.getvalue() == written

@@ -184,6 +184,20 @@ def test_predictions_with_pictures_and_json(run, trained, shapes, tmp_path):
     assert all({"bbox", "score", "segmentation", "category_name", "file_name"} <= set(r) for r in results)
 
 
+@pytest.mark.parametrize("overrides", [(), ("MODEL.CLS_AGNOSTIC_BBOX_REG", "True", "SOLVER.MAX_EPOCHS", "1")])
+def test_faster_rcnn(run, tiny_config, shapes, tmp_path, overrides):
+    """Without the mask head: no mask loss, no segm scores; with an epoch budget: 12 images in batches of 4."""
+    arguments = ("--config-file", tiny_config, "--device", "cpu", "MODEL.MASK_ON", "False", *overrides)
+    assert_ok(run(TRAIN, *arguments, "OUTPUT_DIR", tmp_path / "out"))
+    lines = read_metrics(tmp_path / "out")
+    assert len(lines) == (3 if overrides else 6) and set(lines[0]) == METRICS - {"loss_mask"}
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["segm"] is None and result["bbox"]["AP"] is not None
+    weights = ("--weights", tmp_path / "out" / "model_final.pth", "--threshold", "0.0", "--device", "cpu")
+    assert_ok(run("tools/predict.py", shapes / "val2017", *weights, "--output", tmp_path / "drawn"))
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 5
+
+
 # ------------------------------------------------------------------------------- resume and accumulation
 
 
@@ -448,6 +462,15 @@ def test_training_goes_on_without_unusable_annotations(run, tiny_config, shapes,
     assert "1 annotations have a box without area and are dropped (ids 1)" in result.stdout
     assert "1 annotations have NaN or infinite coordinates and are dropped (ids 2)" in result.stdout
     assert all(math.isfinite(line["loss"]) for line in read_metrics(tmp_path / "out"))
+
+
+def test_resuming_a_finished_run_keeps_its_figures(run, tiny_config, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "out")
+    arguments = ("--config-file", tiny_config, "--device", "cpu", "--resume", "OUTPUT_DIR", tmp_path / "out")
+    assert_ok(run(TRAIN, *arguments))
+    before, after = (json.loads((path / "result.json").read_text()) for path in (trained[0], tmp_path / "out"))
+    assert before["performance"] == after["performance"]
+    assert weights_of(tmp_path / "out" / "model_final.pth").keys() == weights_of(trained[0] / "model_final.pth").keys()
 
 
 def test_resume_from_another_model_is_an_error(run, tiny_config, trained, tmp_path):

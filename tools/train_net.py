@@ -60,11 +60,11 @@ def main() -> int:
 
 def report(run: Run, seconds: float, accuracy: bool) -> None:
     """The final table and lines, and CaseName.log where a network name is set."""
-    performance = run.meter.performance()
+    performance = run.performance
     if accuracy:
         print(format_table(run.scores))
     print(final_lines(performance, run.scores, seconds), flush=True)
-    if run.cfg.LOGGING.NETWORK:
+    if run.cfg.LOGGING.NETWORK and run.loss is not None:  # a finished run that is resumed keeps its record
         main_task = run.scores.get("bbox") or {}
         case_log(
             run.output,

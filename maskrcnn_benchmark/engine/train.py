@@ -65,6 +65,7 @@ class Run:
     loss: float | None = None
     losses: LossWindow = field(default_factory=LossWindow)
     written: list[Path] = field(default_factory=list)
+    performance: dict[str, Any] = field(default_factory=dict)
 
 
 def train(run: Run) -> int:
@@ -323,12 +324,20 @@ def run_training(cfg: CfgNode, device: Device, resume: bool = False, skip_test: 
             save(run, done, "model_final.pth")  # again, with the best score: a longer run must not forget it
     finally:
         run.metrics.close()
-    performance = run.meter.performance() | {
-        "max_memory_mb": round(device.max_memory_mb(), 1),
+    run.performance = measured(run, trained=done > run.start)
+    write_result(cfg, device, output, run.scores, run.performance)
+    return run
+
+
+def measured(run: Run, trained: bool) -> dict[str, Any]:
+    """result.json's performance. A finished run that is resumed trains nothing, and keeps the figures it had."""
+    result = run.output / "result.json"
+    if not trained and result.is_file():
+        return json.loads(result.read_text())["performance"]
+    return run.meter.performance() | {
+        "max_memory_mb": round(run.device.max_memory_mb(), 1),
         "eval_seconds": run.scores.get("eval_seconds"),
     }
-    write_result(cfg, device, output, run.scores, performance)
-    return run
 
 
 def prepare_output(cfg: CfgNode) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from array import array
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -17,6 +18,8 @@ from ..engine import distributed
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# Seconds between the lines of a progress that is not watched
+_SILENCE = 30.0
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -188,19 +191,21 @@ def case_log(
 
 
 def progress(iterable: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """Passes the items on, and shows how far they are: a bar on the main rank's terminal, elsewhere a log line about
-    every tenth of the way."""
+    """Passes the items on, and shows how far they are, how fast, and how long it will take: a bar on the main rank's
+    terminal, elsewhere a log line every half minute, none for what is done sooner."""
     if distributed.is_main() and sys.stderr.isatty():
         from tqdm import tqdm
 
         yield from tqdm(iterable, total=total, desc=label)
         return
-    tenths = 0
+    started = said = time.monotonic()
     for done, item in enumerate(iterable, start=1):
         yield item
-        if done * 10 // max(total, 1) > tenths:
-            tenths = done * 10 // max(total, 1)
-            logger.info("%s: %d of %d", label, done, total)
+        now = time.monotonic()
+        if now - said >= _SILENCE:
+            said, rate = now, done / (now - started)
+            left = timedelta(seconds=round((total - done) / rate))
+            logger.info("%s: %d of %d, %.2f a second, eta %s", label, done, total, rate, left)
 
 
 def _mean(samples: np.ndarray) -> float | None:
