@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -44,7 +45,9 @@ def process_group(device: Device) -> Iterator[None]:
     dist.init_process_group(device.dist_backend, timeout=WAIT)
     try:
         yield
+        dist.barrier()  # a rank that leaves while another still works takes its connections with it
     finally:
+        gc.collect()  # DistributedDataParallel and the group hold each other, and its threads outlive it otherwise
         dist.destroy_process_group()
 
 

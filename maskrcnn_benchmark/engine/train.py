@@ -324,6 +324,7 @@ def run_training(cfg: CfgNode, device: Device, resume: bool = False, skip_test: 
             save(run, done, "model_final.pth")  # again, with the best score: a longer run must not forget it
     finally:
         run.metrics.close()
+        run.parallel = run.model  # lets go of the ranks' group, which must be gone before the process ends
     run.performance = measured(run, trained=done > run.start)
     write_result(cfg, device, output, run.scores, run.performance)
     return run
