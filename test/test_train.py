@@ -402,6 +402,15 @@ def test_wrong_data(train_error, tmp_path):
     train_error("OUTPUT_DIR", tmp_path / "file" / "out", words=("OUTPUT_DIR",))
 
 
+def test_a_run_that_cannot_begin_leaves_the_former_one_alone(run, tiny_config, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    arguments = ("--config-file", tiny_config, "--device", "cpu", "OUTPUT_DIR", tmp_path / "out")
+    assert_user_error(run(TRAIN, *arguments, "MODEL.ROI_BOX_HEAD.NUM_CLASSES", "81"), "NUM_CLASSES")
+    after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    assert {name for name in before if before[name] != after.get(name)} == {"log.txt"}
+
+
 def test_wrong_weights(train_error, trained, tmp_path):
     train_error("MODEL.WEIGHT", tmp_path / "nothing.pth", words=("nothing.pth",))
     checkpoint = trained[0] / "model_final.pth"

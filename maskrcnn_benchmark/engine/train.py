@@ -310,11 +310,12 @@ def load_state(cfg: CfgNode, output: Path, model: nn.Module, optimizer, scaler) 
 def run_training(cfg: CfgNode, device: Device, resume: bool = False, skip_test: bool = False) -> Run:
     """A whole run: train, evaluate, write result.json. Returns the run; its `scores` are empty without a test."""
     output = prepare_output(cfg)
-    if not resume and distributed.is_main():
-        checkpoint.forget(output)
     for op in environment.KERNELS:
         ops.kernel_in_use(op, device.type)  # says so in the log
     run = build_run(cfg, device, output, resume)
+    # Only now, when the run is sure to begin: a mistyped key must not cost a former run its record.
+    if not resume and distributed.is_main():
+        checkpoint.forget(output)
     write_config(cfg, output)
     try:
         done = train(run)
