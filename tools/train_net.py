@@ -15,7 +15,6 @@ from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.engine import distributed
 from maskrcnn_benchmark.engine.train import Run, prepare_output, run_training
 from maskrcnn_benchmark.errors import ResultError
-from maskrcnn_benchmark.evaluation.coco import format_table
 from maskrcnn_benchmark.evaluation.expected import check_expected
 from maskrcnn_benchmark.report.console import case_log, final_lines, setup_logging
 
@@ -59,10 +58,8 @@ def main() -> int:
 
 
 def report(run: Run, seconds: float, accuracy: bool) -> None:
-    """The final table and lines, and CaseName.log where a network name is set."""
+    """The last lines, under the table that the log ends with, and CaseName.log where a network name is set."""
     performance = run.performance
-    if accuracy:
-        print(format_table(run.scores))
     print(final_lines(performance, run.scores, seconds), flush=True)
     if run.cfg.LOGGING.NETWORK and run.loss is not None:  # a finished run that is resumed keeps its record
         main_task = run.scores.get("bbox") or {}
