@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskrcnn_benchmark.benchmark import loading, results, runs, scoring, sides, steps, workload
+from maskrcnn_benchmark.benchmark import flops, loading, results, runs, scoring, sides, steps, workload
 from maskrcnn_benchmark.benchmark.steps import Samples
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.data.coco import CocoDataset
@@ -168,9 +168,9 @@ def assert_slept_in(metrics, *fields):
 def test_a_sleep_appears_in_its_field_alone(tiny_config, monkeypatch, kind, data, phase, where, what):
     cfg = get_config(tiny_config, ["SOLVER.IMS_PER_BATCH", "1", "TEST.IMS_PER_BATCH", "1"])
     monkeypatch.setattr(where, what, sleepy(getattr(where, what)))
-    metrics = measured(cfg, kind, data=data, steps=8, phase_steps=6)["metrics"]
+    metrics = measured(cfg, kind, data=data, steps=10, phase_steps=6)["metrics"]
     assert_slept_in(metrics, f"{phase}_ms", "step_ms")
-    slept, waited = 4 * SLEEP, metrics["data_wait_share"]["samples"][0] * sum(metrics["step_ms"]["samples"]) / 1000
+    slept, waited = 5 * SLEEP, metrics["data_wait_share"]["samples"][0] * sum(metrics["step_ms"]["samples"]) / 1000
     assert waited == pytest.approx(slept if phase == "data" else 0, abs=0.1 * slept)
 
 
@@ -263,6 +263,61 @@ def test_training_on_two_ranks(run, tiny_config, tmp_path):
     total, each, times = (np.array(case["metrics"][name]["samples"]) for name in names)
     assert total == pytest.approx(2 * each) and total == pytest.approx(4000 / times)
     assert done.stdout.count("images/s") == 1  # the main rank speaks alone
+
+
+def test_real_data_on_two_ranks(run, tiny_config, tmp_path):
+    """Ten images in batches of four over both ranks; all that were found are scored together."""
+    out = tmp_path / "infer.json"
+    done = run("tools/benchmark.py", "infer", "--config-file", tiny_config, *SIDES, "--data", "real", "--batch", 4,
+               "--out", out, "DATASETS.TEST", '("coco_2017_train[:10]",)', ranks=2)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (case,) = results.read(out)["cases"]
+    metrics = case["metrics"]
+    assert len(case["clocks"]) == 2 and metrics["exposed_evaluation_seconds"]["p50"] > 0
+    assert metrics["images_per_second"]["samples"] == pytest.approx(
+        [4000 / milliseconds for milliseconds in metrics["step_ms"]["samples"]]
+    )
+
+
+def test_evaluation_and_operators_on_two_ranks(run, tmp_path):
+    """The main rank scores alone; an operator runs on all, and the main rank speaks alone."""
+    for kind, *arguments in (("eval", "--images", 3), ("ops", "--only", "^encode", "--repeats", 2, "--scale", 0.01)):
+        out = tmp_path / f"{kind}.json"
+        done = run("tools/benchmark.py", kind, *arguments, "--out", out, ranks=2)
+        assert done.returncode == 0, done.stderr
+        result = results.read(out)
+        assert result["environment"]["world_size"] == 2
+        assert len(done.stdout.splitlines()) == {"eval": len(result["cases"]), "ops": 2}[kind]
+    assert len(result["cases"][0]["clocks"]) == 2 and len(result["cases"][0]["metrics"]["call_ms"]["samples"]) == 2
+
+
+def test_accumulated_batches_are_not_counted_several_times(run, shapes, tiny_config, tmp_path):
+    """A step is one batch: 4 images are 4 images, which FLOP, RoIs and time are of."""
+    out = tmp_path / "train.json"
+    done = run("tools/benchmark.py", "train", "--config-file", tiny_config, *SIDES, "--data", "real", "--batch", 4,
+               "--out", out, "SOLVER.ACCUMULATE_STEPS", 2)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (case,) = results.read(out)["cases"]
+    assert set(case["metrics"]["sampled_rois"]["samples"]) == {4 * 16}
+
+
+def test_without_masks_nothing_is_in_the_mask_head(cfg):
+    case = measured(with_keys(cfg, "MODEL.MASK_ON", False), "train")
+    assert set(case["metrics"]["mask_head_rois"]["samples"]) == {0}
+
+
+@pytest.mark.parametrize(("fixed", "padded"), [([], (96, 96)), ([(160, 192)], (160, 192))])
+def test_flop_are_counted_at_the_size_that_is_run(cfg, fixed, padded):
+    cfg = with_keys(cfg, "INPUT.FIXED_SHAPES", fixed)
+    metrics = measured(cfg, "infer")["metrics"]
+    amount = flops.inference_flops(cfg, padded).of(2, metrics["mask_head_rois"]["p50"])
+    assert metrics["flop"]["samples"] == [amount] * 2
+
+
+def with_keys(cfg, *keys):
+    changed = cfg.clone()
+    changed.merge_from_list(list(keys))
+    return changed
 
 
 def test_several_sides_and_batches_from_the_command_line(run, tiny_config, tmp_path):

@@ -241,6 +241,8 @@ def part_of(
         raise UserError(
             f"{side.name}: the work is not constant: RoIs in the mask head step by step {rois['mask_head']}"
         )
+    if not request.cfg.MODEL.MASK_ON:
+        rois["mask_head"] = [0] * len(rois["mask_head"])
     flop = [count(size, in_mask_head) for size, in_mask_head in zip(side.sizes[end_to_end], rois["mask_head"])]
     return Part(samples, rois, flop, memory, clocks)
 
