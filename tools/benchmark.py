@@ -146,7 +146,8 @@ def add_infer(subparsers: argparse._SubParsersAction) -> None:
         help="time inference",
         description="Times inference from a batch to COCO results, and its phases in a pass of its own. Without"
         " MODEL.WEIGHT fresh weights are widened until every image has more detections than are kept; with synthetic"
-        f" data the heads get fixed proposals. How it measures: {steps.METHOD}.",
+        " data the heads get fixed proposals. What was found is then scored, --phase-steps times. How it measures:"
+        f" {steps.METHOD}.",
     )
     add_step_arguments(parser, batch=1)
     parser.set_defaults(function=run_step, kind="infer", positives=0)
@@ -336,7 +337,7 @@ def run_eval(args: argparse.Namespace) -> int:
     device = get_device("cpu")
     engines = tuple(dict.fromkeys(args.engine or scoring.ENGINES))
     with distributed.process_group(device):
-        if distributed.is_main():  # as in a run, where the others wait for it
+        if distributed.is_main():  # as in a training run, where the other ranks wait for it
             result = started_result(device, distributed.world_size())
             result["cases"] = scoring.run(args.images, args.detections, engines, args.steps, args.warmup)
             for case in result["cases"]:

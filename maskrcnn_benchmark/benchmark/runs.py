@@ -92,13 +92,9 @@ def side_names(request: Request) -> list[SideName]:
 def run(request: Request, device: Device) -> dict[str, Any] | None:
     """The case of each side, how the peer's results agree with ours, and ratios; on the main rank, None on the others.
     Without agreement nothing is timed: there are no cases."""
-    ranks = distributed.world_size()
-    if request.batch % ranks:
-        raise UserError(f"a batch of {request.batch} images cannot be divided among {ranks} ranks")
-    if request.against and (ranks > 1 or request.data == "real"):
-        raise UserError("--against works with synthetic data, in one process without ranks")
+    check(request)
     peaks = {dtype: peak(request, device, dtype) for dtype in request.dtypes}
-    workload = make_workload(request, device) if request.data == "synthetic" else None
+    workload = make_workload(request, device)
     names = side_names(request)
     built = {str(name): make_side(request, name, device, workload) for name in names}
     phases = {name: side.phases for name, side in built.items()}
@@ -122,18 +118,28 @@ def run(request: Request, device: Device) -> dict[str, Any] | None:
         if parts is not None:
             cases.append(case(request, name, side, parts, peaks[name.dtype], scoring))
     if request.profile:
-        for name, side in built.items():
-            write_profile(request.profile, f"{request.kind} {name}", side, device)
+        for name in names:
+            write_profile(request.profile, case_name(request, name), built[str(name)], device)
     if not distributed.is_main():
         return None
     return {"cases": cases, "agreement": agreement, "ratios": ratios(names, samples)}
 
 
+def check(request: Request) -> None:
+    ranks = distributed.world_size()
+    if request.batch % ranks:
+        raise UserError(f"a batch of {request.batch} images cannot be divided among {ranks} ranks")
+    if request.against and (ranks > 1 or request.data == "real"):
+        raise UserError("--against works with synthetic data, in one process without ranks")
+
+
 # ---- sides
 
 
-def make_workload(request: Request, device: Device) -> Workload:
-    """This rank's share of the images."""
+def make_workload(request: Request, device: Device) -> Workload | None:
+    """This rank's share of the images; None for real data."""
+    if request.data == "real":
+        return None
     share = request.batch // distributed.world_size()
     first = distributed.rank() * share
     if request.training:
@@ -191,9 +197,12 @@ def peak(request: Request, device: Device, dtype: str) -> dict[str, Any]:
 
 
 def memory_alone(request: Request, name: SideName) -> float:
-    """Peak memory in MB of a fresh process that runs this side alone."""
+    """Peak memory in MB of a fresh process that runs this side's share of the batch alone, without other ranks."""
     spawn = multiprocessing.get_context("spawn")
-    alone = replace(request, warmup=1, steps=2, phase_steps=0)
+    cfg = request.cfg.clone()
+    cfg.defrost()
+    (cfg.SOLVER if request.training else cfg.TEST).IMS_PER_BATCH = request.batch // distributed.world_size()
+    alone = replace(request, cfg=cfg, warmup=1, steps=2, phase_steps=0)
     with ProcessPoolExecutor(1, mp_context=spawn) as executor:
         return executor.submit(_peak_memory, alone, name, torch.get_num_threads()).result()
 
