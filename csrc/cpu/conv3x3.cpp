@@ -6,9 +6,9 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <cstring>
@@ -23,7 +23,6 @@ namespace maskrcnn_benchmark {
 namespace {
 
 using at::BFloat16;
-using c10::IntArrayRef;
 
 constexpr int64_t kPoints = 16; // of a transformed tile, 4x4
 constexpr int64_t kLanes = 16; // float32 values of a vector
@@ -429,8 +428,8 @@ Tensor weights_gradient(const Tensor& grad, const Tensor& input) {
 }
 
 // Whether this is faster than torch's convolution. Of few tiles it is not: at 70 tiles of 256 channels the weights'
-// transform takes as long as the rest (2.1 ms to 1.7 ms, at 280 tiles 5.2 ms to 6.5 ms). AMX multiplies bfloat16 so fast
-// that a direct convolution of 256 channels takes a quarter of the time that is left to the transforms.
+// transform takes as long as the rest (2.1 ms to 1.7 ms; at 280 tiles 5.2 ms to 6.5 ms). AMX multiplies bfloat16 so fast
+// that the transforms would take longer than a direct convolution.
 bool serves(const Tensor& input, int64_t outputs) {
   constexpr int64_t kLeastTiles = 192;
   const bool narrow = input.scalar_type() == at::kBFloat16 && !__builtin_cpu_supports("amx-bf16");
@@ -442,38 +441,50 @@ Tensor channels_last(const Tensor& map) {
   return map.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-Tensor conv3x3(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const Tensor w = weight.to(at::kFloat);
-  if (!serves(input, weight.size(0))) {
-    const auto b = bias ? std::optional(bias->to(input.scalar_type())) : bias;
-    return at::convolution(input, weight.to(input.scalar_type()), b, {1, 1}, {1, 1}, {1, 1}, false, {0, 0}, 1);
-  }
-  const Tensor taps = w.permute({2, 3, 1, 0}).contiguous(), x = channels_last(input);
-  return input.scalar_type() == at::kFloat ? convolve<float>(x, taps, false, bias) : convolve<BFloat16>(x, taps, false, bias);
+// taps: [3, 3, inputs, outputs], in any order of memory.
+Tensor convolve(const Tensor& input, const Tensor& taps, bool flip, const std::optional<Tensor>& bias) {
+  const Tensor x = channels_last(input), t = taps.to(at::kFloat).contiguous();
+  return x.scalar_type() == at::kFloat ? convolve<float>(x, t, flip, bias) : convolve<BFloat16>(x, t, flip, bias);
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(
+std::tuple<Tensor, Tensor, Tensor> direct_gradients(
     const Tensor& grad, const Tensor& input, const Tensor& weight, std::array<bool, 3> mask) {
-  const bool wide = input.scalar_type() == at::kFloat;
-  if (!serves(input, weight.size(0))) {
-    auto [x, w, b] = at::convolution_backward(
-        grad, input, weight.to(input.scalar_type()), IntArrayRef{weight.size(0)}, {1, 1}, {1, 1}, {1, 1}, false, {0, 0}, 1, mask);
-    return {x, mask[1] ? w.to(weight.scalar_type()) : w, mask[2] ? b.to(weight.scalar_type()) : b};
+  return at::convolution_backward(
+      grad, input, weight.to(grad.scalar_type()), std::nullopt, {1, 1}, {1, 1}, {1, 1}, false, {0, 0}, 1, mask);
+}
+
+// What torch asks for its shape and memory format alone.
+Tensor unread(at::IntArrayRef shape, const Tensor& like) {
+  return at::empty(shape, like.options(), at::MemoryFormat::ChannelsLast);
+}
+
+Tensor conv3x3(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  if (serves(input, weight.size(0))) {
+    return convolve(input, weight.permute({2, 3, 1, 0}), false, bias);
   }
-  const Tensor upstream = channels_last(grad), x = channels_last(input);
-  std::tuple<Tensor, Tensor, Tensor> result;
-  if (mask[0]) {
-    const Tensor taps = weight.to(at::kFloat).permute({2, 3, 0, 1}).contiguous();
-    std::get<0>(result) = wide ? convolve<float>(upstream, taps, true, {}) : convolve<BFloat16>(upstream, taps, true, {});
+  const auto b = bias ? std::optional(bias->to(input.scalar_type())) : std::nullopt;
+  return channels_last(
+      at::convolution(input, weight.to(input.scalar_type()), b, {1, 1}, {1, 1}, {1, 1}, false, {0, 0}, 1));
+}
+
+Tensor conv3x3_input_gradient(const Tensor& grad, const Tensor& weight) {
+  if (serves(grad, weight.size(1))) {
+    return convolve(grad, weight.permute({2, 3, 0, 1}), true, std::nullopt);
   }
-  if (mask[1]) {
-    const Tensor sums = wide ? weights_gradient<float>(upstream, x) : weights_gradient<BFloat16>(upstream, x);
-    std::get<1>(result) = sums.permute({0, 3, 1, 2}).to(weight.scalar_type());
+  const Tensor input = unread({grad.size(0), weight.size(1), grad.size(2), grad.size(3)}, grad);
+  return channels_last(std::get<0>(direct_gradients(grad, input, weight, {true, false, false})));
+}
+
+Tensor conv3x3_weight_gradient(const Tensor& grad, const Tensor& input) {
+  if (serves(input, grad.size(1))) {
+    const Tensor upstream = channels_last(grad), x = channels_last(input);
+    const bool narrow = x.scalar_type() == at::kBFloat16;
+    const Tensor result = narrow ? weights_gradient<BFloat16>(upstream, x) : weights_gradient<float>(upstream, x);
+    return result.permute({0, 3, 1, 2});
   }
-  if (mask[2]) {
-    std::get<2>(result) = upstream.sum({0, 2, 3}, false, at::kFloat).to(weight.scalar_type());
-  }
-  return result;
+  const Tensor weight = unread({grad.size(1), input.size(1), 3, 3}, grad);
+  const Tensor result = std::get<1>(direct_gradients(grad, input, weight, {false, true, false}));
+  return channels_last(result.to(grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
 }
 
 } // namespace
@@ -481,7 +492,8 @@ std::tuple<Tensor, Tensor, Tensor> conv3x3_backward(
 TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
   if (__builtin_cpu_supports("avx512bf16")) {
     m.impl("conv3x3", TORCH_FN(conv3x3));
-    m.impl("conv3x3_backward", TORCH_FN(conv3x3_backward));
+    m.impl("conv3x3_input_gradient", TORCH_FN(conv3x3_input_gradient));
+    m.impl("conv3x3_weight_gradient", TORCH_FN(conv3x3_weight_gradient));
   }
 }
 

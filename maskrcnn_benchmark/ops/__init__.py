@@ -25,6 +25,7 @@ load_extension()
 __all__ = [
     "box_coder",
     "boxes",
+    "convolution",
     "deform_conv",
     "distance_nms",
     "focal_loss",
