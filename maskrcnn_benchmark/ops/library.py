@@ -87,7 +87,8 @@ def kernel_in_use(op: str, device_type: str) -> str:
     if not hasattr(getattr(torch.ops, NAMESPACE), op):
         raise DeviceError(f"there is no operator {NAMESPACE}::{op}")
     key = torch._C._dispatch_key_for_device(device_type)
-    native = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
+    # What is registered for meta tensors tells shapes.
+    native = device_type != "meta" and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
     kernel = "native" if native else "composite"
     _logger.info("%s on %s: %s kernel", op, device_type, kernel)
     return kernel
