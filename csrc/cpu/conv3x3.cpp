@@ -372,8 +372,8 @@ template <typename T>
 Tensor convolve(const Tensor& input, const Tensor& taps, bool flip, const std::optional<Tensor>& bias) {
   const Grid in(input);
   const int64_t outputs = taps.size(3);
-  const Tensor output = with_huge_pages(
-      at::empty({in.batch, outputs, in.height, in.width}, input.options(), at::MemoryFormat::ChannelsLast));
+  const Tensor output =
+      at::empty({in.batch, outputs, in.height, in.width}, input.options(), at::MemoryFormat::ChannelsLast);
   const Grid out(output);
   const auto words = scratch<T>(outputs / kColumns * kPoints * apart<T>(in.channels * kColumns));
   at::parallel_for(0, in.channels / kPacked<T>, 8, [&](int64_t begin, int64_t end) {

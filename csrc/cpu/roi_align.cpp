@@ -529,8 +529,7 @@ Tensor roi_align(
     widths.push_back(feature.size(3));
   }
   const std::vector<int64_t> shape{count, channels, output_size, output_size};
-  Tensor out = with_huge_pages(
-      at::empty(shape, features[0].options().dtype(output_type), memory_format(channels_last)));
+  Tensor out = at::empty(shape, features[0].options().dtype(output_type), memory_format(channels_last));
   AT_DISPATCH_FLOATING_TYPES_AND3(at::kHalf, at::kBFloat16, at::kByte, type, "roi_align", [&] {
     using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     using O = std::conditional_t<std::is_same_v<scalar_t, uint8_t>, float, scalar_t>;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 import resource
@@ -16,6 +17,10 @@ import torch
 
 from . import linux
 from .base import Device
+
+# malloc.h: from this size on a block is mapped on its own; bytes free at the heap's end before it shrinks, -1: never;
+# bytes it grows by. Blocks above 32 MB stay apart: in the heap they would cost peak memory by fragmentation.
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD = -3, -1, -2
 
 
 class HostEvent:
@@ -42,7 +47,13 @@ class CpuDevice(Device):
         return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
     def activate(self) -> None:
-        pass
+        """Lets glibc keep what a step frees for the next one. Otherwise it gives memory back to the system, and a
+        training step of R50-FPN begins with 50,000 page faults: 5% of its time in bfloat16."""
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+        if mallopt is not None:  # musl has none
+            mallopt(M_MMAP_THRESHOLD, 32 << 20)
+            mallopt(M_TRIM_THRESHOLD, -1)
+            mallopt(M_TOP_PAD, 64 << 20)
 
     def synchronize(self) -> None:
         pass
