@@ -6,7 +6,8 @@
 
 `work` are the facts that must be equal for a comparison to mean anything: image sizes, batch, proposals, RoIs. A gated
 metric can fail a comparison. A merged file holds the samples of several processes, one after the other, and
-`process_samples` says how many each gave; without it they are of one.
+`process_samples` says how many each gave; without it they are of one. `cpu_wait_share` of a merged file: of the time in which its processes wanted a core,
+the share that they waited for one, the median over processes.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ def merge(parts: Sequence[dict[str, Any]], command: Sequence[str]) -> dict[str, 
             ours, first = part["environment"].get(fact), parts[0]["environment"].get(fact)
             if ours != first:
                 raise UserError(f"processes of one run differ in {fact}: {first} and {ours}")
+    waited = [part["cpu_wait_share"] for part in parts if "cpu_wait_share" in part]
     cases: dict[Key, list[dict[str, Any]]] = {}
     for part in parts:
         for one, case in by_key(part).items():
@@ -153,6 +155,7 @@ def merge(parts: Sequence[dict[str, Any]], command: Sequence[str]) -> dict[str, 
         "command": list(command),
         "started": parts[0].get("started"),
         "environment": parts[0]["environment"],
+        **({"cpu_wait_share": percentile(waited, 50)} if waited else {}),
         "cases": [_merge_case(same) for same in cases.values()],
     }
 
