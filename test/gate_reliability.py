@@ -1,7 +1,7 @@
-"""How often the gate is right on this machine: real gates of a build that was slowed by a fifth, and of one that was not.
+"""How often the gate is right on this machine: real gates of a build slowed by a fifth, and of one that was not.
 
-  python test/gate_reliability.py                          10 and 10 gates in turns with the base (--base-ref): 20 minutes
-  python test/gate_reliability.py --saved                  against results that were saved before the first try
+  python test/gate_reliability.py                  10 and 10 gates in turns with the base (--base-ref): 20 minutes
+  python test/gate_reliability.py --saved          against results that were saved before the first try
   python test/gate_reliability.py --tries 3 --threshold 5%
 
 Both builds are worktrees of HEAD with this checkout's compiled kernels; in one of them the wrapper of the matching

@@ -77,7 +77,7 @@ def checkout(tmp_path, monkeypatch):
         subprocess.run([*git, *arguments.split()], check=True)
     monkeypatch.setenv("ORDER", str(tmp_path / "order.txt"))
     monkeypatch.setattr(suites, "ROOT", root)
-    monkeypatch.setattr(suites, "WAITED", 1.0)
+    monkeypatch.setattr(suites, "BUSY", 1.0)
     (tmp_path / "suite.yaml").write_text(SUITE)
     return root
 
@@ -115,7 +115,7 @@ def test_run_keeps_what_ran(call, checkout, tmp_path):
 def test_of_processes_that_shared_their_cores_the_least_disturbed_is_kept(call, checkout, tmp_path, monkeypatch):
     shares = iter([0.6, 0.3, 0.4, 0.9, 0.1])  # of the first case three attempts, of the second two
     process = suites._process
-    monkeypatch.setattr(suites, "WAITED", 0.15)
+    monkeypatch.setattr(suites, "BUSY", 0.15)
     monkeypatch.setattr(suites, "_process", lambda *arguments: (process(*arguments)[0], next(shares)))
     kept = []
     monkeypatch.setattr(suites.results, "read", lambda path, read=results.read: kept.append(read(path)) or kept[-1])
@@ -128,17 +128,19 @@ def test_of_processes_that_shared_their_cores_the_least_disturbed_is_kept(call, 
     assert second["metrics"]["step_ms"]["samples"] == samples[3]
 
 
-def test_the_wait_for_a_core_is_told(tmp_path):
-    """Two processes that spin on one core get half of it each; alone, almost all of it."""
-    core = min(os.sched_getaffinity(0))
-    spin = f"import os, time; os.sched_setaffinity(0, [{core}]); end = time.time() + 2\nwhile time.time() < end: pass"
-    rival = subprocess.Popen([sys.executable, "-c", spin.replace("+ 2", "+ 60")])
+def test_what_others_use_of_the_machine_is_told(tmp_path):
+    """A process that sleeps, and one that does nothing but work, while another works all the time."""
+    work = "import time; end = time.time() + {}\nwhile time.time() < end: pass"
+    rival = subprocess.Popen([sys.executable, "-c", work.format(60)])
     try:
-        done, waited = suites._process([sys.executable, "-c", spin], tmp_path)
+        shares = [
+            suites._process([sys.executable, "-c", script], tmp_path)[1] * os.cpu_count()
+            for script in ("import time; time.sleep(2)", work.format(2))
+        ]
     finally:
         rival.kill()
         rival.wait()
-    assert done.returncode == 0 and waited > 0.3
+    assert all(0.4 < share < os.cpu_count() for share in shares), shares  # a core of theirs, or half of a shared one
 
 
 # ---- gate

@@ -23,12 +23,13 @@ from .timing import percentile
 
 # Facts of the environment and of a case that must be equal.
 SAME_MACHINE = ("device", "device_name", "cpu_count", "world_size", "threads")
-SAME_WORK = ("config_sha256", "work", "warmup")
+SAME_WORK = ("work", "warmup")
 # Facts that may be the very thing compared, so they are told.
 TOLD = ("torch", "python", "kernels", "packages")
 SETUP_METRICS = ("init_seconds", "compile_seconds")
 ACCURACY_UNIT = "AP"
-FINE, FASTER, REGRESSION, MISSING, NOT_COMPARABLE = "fine", "faster", "regression", "missing", "not comparable"
+FINE, FASTER, UNCLEAR = "fine", "faster", "unclear"
+REGRESSION, MISSING, NOT_COMPARABLE = "regression", "missing", "not comparable"
 EXIT_CODES = {FINE: 0, REGRESSION: 1, NOT_COMPARABLE: 2}
 
 
@@ -52,7 +53,8 @@ class Limits:
 class Finding:
     """One metric of one case, judged. case: its label. base, new: medians; of accuracy, means. change: how much worse
     than base, as a share (negative: better). p: of the test, None where there was none. verdict: fine, faster,
-    regression, missing or not comparable. note: what a reader has to know, in words; may be empty."""
+    unclear (worse by more than the limit, but chance may have done it: more processes would tell), regression, missing
+    or not comparable. note: what a reader has to know, in words; may be empty."""
 
     case: str
     metric: str
@@ -80,6 +82,11 @@ class Comparison:
         if verdicts & {REGRESSION, MISSING}:
             return REGRESSION
         return NOT_COMPARABLE if NOT_COMPARABLE in verdicts or not self.findings else FINE
+
+    @property
+    def unclear(self) -> bool:
+        """Whether more processes could turn what is fine so far into a regression."""
+        return self.verdict == FINE and any(finding.verdict == UNCLEAR for finding in self.findings)
 
     @property
     def exit_code(self) -> int:
@@ -115,6 +122,19 @@ def differing(base: dict[str, Any], new: dict[str, Any], names: Sequence[str]) -
     )
 
 
+def _differing_configuration(base: dict[str, Any], new: dict[str, Any]) -> str:
+    """As `differing`, of the keys that both configurations have: a key that only one build knows is part of what is
+    compared. Results without a configuration (of operators, of accuracy) have at most its hash."""
+    old, now = base.get("config"), new.get("config")
+    if old is None or now is None:
+        return differing(base, new, ("config_sha256",))
+    return differing(
+        {"config": {key: old[key] for key in old if key in now}},
+        {"config": {key: now[key] for key in now if key in old}},
+        ("config",),
+    )
+
+
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
@@ -145,7 +165,7 @@ def _judge_case(base: dict[str, Any], new: dict[str, Any] | None, limits: Limits
     if new is None:
         yield Finding(case, "", MISSING, note="the case is not in the new result")
         return
-    apart = differing(base, new, SAME_WORK)
+    apart = "; ".join(filter(None, [_differing_configuration(base, new), differing(base, new, SAME_WORK)]))
     if apart:
         yield Finding(case, "", NOT_COMPARABLE, note=apart)
         return
@@ -191,6 +211,8 @@ def _judge_speed(case: str, name: str, base: dict[str, Any], new: dict[str, Any]
         slower, note = False, f"less than {limits.setup_seconds:g} s more"
     if slower:
         return Finding(case, name, REGRESSION, **figures, p=p_worse, note=note)
+    if change > limit and not setup:
+        return Finding(case, name, UNCLEAR, **figures, p=p_worse, note=note)
     faster = _gain(change) > limit and p_better < limits.significance
     return Finding(case, name, FASTER if faster else FINE, **figures, p=p_better if faster else p_worse, note=note)
 

@@ -18,9 +18,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import venv
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,14 @@ from . import results
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("ops", "train", "infer", "data", "eval")
 DEVICE_KINDS = ("ops", "train", "infer", "data")
-# A process that waited for a core for more than this share of the time it wanted one is measured again. How often others
-# took its core says less: with one thread beside three busy processes 72 times a second went with 14% lost, 52 with 1%.
-WAITED = 0.15
+STATISTICS = Path("/proc/stat")
+# A process beside which others used more than this share of the machine's cores is measured again. How often they took
+# a core from it, or how long it waited for one, says less: what runs on the other thread of a core, or empties the
+# shared cache, made it half as fast without a wait.
+BUSY = 0.1
 ATTEMPTS = 3
-# Seconds between two looks at a process's threads; what one does after the last look is not counted.
-LOOK_EVERY = 0.2
+# How often the gate measures a suite's processes anew, at most, to clear up what is worse but not surely so.
+ROUNDS = 3
 KEYS = {"description": str, "processes": int, "threshold": (str, float), "cases": list}
 
 
@@ -162,50 +165,46 @@ def _outcome(suite: Suite, side: Runs, command: Sequence[str]) -> Outcome:
 
 
 def _measure(build: Build, arguments: list[str], out: Path) -> dict[str, Any] | None:
-    """The result of one fresh process; None, and a line on stderr, where it fails. One that had to share its cores is
-    measured again, and the one that shared them least is kept: how fast it was plays no part, so no side gains."""
+    """The result of one fresh process; None, and a line on stderr, where it fails. One on a busy machine is
+    measured again, and the one that had it most for itself is kept: how fast it was plays no part, so no side gains."""
     best: dict[str, Any] | None = None
     for attempt in range(1, ATTEMPTS + 1):
-        done, waited = _process([build.python, "tools/benchmark.py", *arguments, "--out", out], build.root)
+        done, others = _process([build.python, "tools/benchmark.py", *arguments, "--out", out], build.root)
         if done.returncode:
             _say(f"error: {build.name}: {shlex.join(arguments)}: exit status {done.returncode}: {_last_line(done)}")
             return None
-        if best is None or waited < best["cpu_wait_share"]:
-            best = results.read(out) | {"cpu_wait_share": waited}
-        if best["cpu_wait_share"] <= WAITED:
+        if best is None or others < best["others_cpu_share"]:
+            best = results.read(out) | {"others_cpu_share": others}
+        if best["others_cpu_share"] <= BUSY:
             break
-        _say(f"  busy machine: waited {waited:.0%} of its time for a core, attempt {attempt} of {ATTEMPTS}")
+        _say(f"  busy machine: others used {others:.0%} of its cores, attempt {attempt} of {ATTEMPTS}")
     return best
 
 
 def _process(command: Sequence[str | Path], directory: Path) -> tuple[subprocess.CompletedProcess, float]:
-    """Runs it, and says for which share of the time that its threads wanted a core they waited for one. 0 where the
-    system does not tell (it is Linux that does)."""
+    """Runs it, and says which share of the machine's cores others used meanwhile; 0 where the system does not tell (it
+    is Linux that does)."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    pipe = subprocess.PIPE
-    threads: dict[str, tuple[int, int]] = {}
-    with subprocess.Popen(command, cwd=directory, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            while True:
-                with suppress(subprocess.TimeoutExpired):
-                    stdout, stderr = process.communicate(timeout=LOOK_EVERY)
-                    break
-                threads |= _scheduled(process.pid)
-        except BaseException:
-            process.kill()
-            raise
-    ran, waited = (sum(times[which] for times in threads.values()) for which in (0, 1))
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr), waited / max(1, ran + waited)
+    started, busy, own = time.perf_counter(), _busy_seconds(), _children_seconds()
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    others = _busy_seconds() - busy - (_children_seconds() - own)
+    return done, max(0.0, others) / ((time.perf_counter() - started) * (os.cpu_count() or 1))
 
 
-def _scheduled(pid: int) -> dict[str, tuple[int, int]]:
-    """Of each living thread the nanoseconds on a core, and runnable but waiting for one."""
-    times = {}
-    for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        with suppress(OSError):  # the thread ended since it was listed
-            ran, waited, _ = file.read_text().split()
-            times[file.parent.name] = int(ran), int(waited)
-    return times
+def _busy_seconds() -> float:
+    """CPU seconds that all cores together have worked, what the hypervisor took from them included."""
+    if not STATISTICS.exists():
+        return 0.0
+    user, nice, system, _idle, _wait, interrupts, soft_interrupts, stolen = map(
+        int, STATISTICS.read_text().split("\n", 1)[0].split()[1:9]
+    )
+    return (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def _children_seconds() -> float:
+    """CPU seconds of the finished processes that this one started, and of theirs."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _last_line(done: subprocess.CompletedProcess) -> str:

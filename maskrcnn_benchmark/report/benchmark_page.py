@@ -21,6 +21,7 @@ from ..benchmark.compare import (
     NOT_COMPARABLE,
     REGRESSION,
     SETUP_METRICS,
+    UNCLEAR,
     Comparison,
     Finding,
 )
@@ -35,7 +36,7 @@ RESULT_HEADER = ("case", "metric", "p50", "p90", "p99", "samples")
 FACTS = ("device", "device_name", "world_size", "threads", "torch", "python", "commit", "dirty")
 # More samples than this are drawn thinned out; all of them count.
 DOTS = 300
-MARKS = {REGRESSION: "bad", MISSING: "bad", NOT_COMPARABLE: "unsure", FASTER: "good"}
+MARKS = {REGRESSION: "bad", MISSING: "bad", NOT_COMPARABLE: "unsure", UNCLEAR: "unsure", FASTER: "good"}
 STYLE = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1b1f24;--soft:#5b6470;--line:#d5dae1;--card:#f6f7f9;--base:#7a8594;
 --new:#1d63d8;--good:#13713c;--bad:#b3261e;--unsure:#8a5a00}
@@ -127,6 +128,10 @@ def verdict_line(comparison: Comparison) -> str:
         return f"REGRESSION: {found} of {len(comparison.findings)} metrics are worse or missing"
     if comparison.verdict == NOT_COMPARABLE:
         return "NOT COMPARABLE: measure both sides alike"
+    if comparison.unclear:
+        return (
+            f"FINE: none of {len(comparison.findings)} metrics is surely worse; more processes would tell of the rest"
+        )
     return f"FINE: none of {len(comparison.findings)} metrics is worse"
 
 
