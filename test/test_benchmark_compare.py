@@ -324,7 +324,26 @@ def test_a_step_names_its_commit(tmp_path):
     assert (step.index, step.after.commit, step.before.commit) == (15, f"{15:040x}"[:12], f"{14:040x}"[:12])
     assert step.change == pytest.approx(0.08, abs=0.01) and step.p < 1e-5
     lines = history.describe(series)
-    assert "24 runs" in lines[0] and "worse at commit" in lines[1] and "after day" not in lines[1]
+    assert "24 runs, day 0 to day 23" in lines[0] and len(lines) == 3
+    assert lines[1].index("█") - 2 < 17 == lines[2].index("^")  # under the first run after the step
+    assert f"worse at commit {15:040x}"[:28] in lines[2]
+
+
+def test_the_first_run_after_a_step_may_be_the_nearest_to_those_before(tmp_path):
+    """Ranks alone would take it for one of them: 11 and 15 runs apart are less likely by chance than 10 and 16."""
+    path = tmp_path / "history.jsonl"
+    runs(path, [100] * 10 + [80] + [79] * 15)
+    (series,) = history.series(history.read(path))
+    assert [step.index for step in series.steps] == [10]
+
+
+def test_of_a_long_history_the_latest_runs_are_drawn(tmp_path):
+    path = tmp_path / "history.jsonl"
+    runs(path, [100 + number % 3 + 10 * (number >= 10) for number in range(100)])
+    (series,) = history.series(history.read(path))
+    lines = history.describe(series)
+    assert "100 runs, the last 80 drawn, day 20 to day 99" in lines[0] and len(lines[1].strip()) == 80
+    assert lines[2].startswith("  earlier: ") and "(day 10)" in lines[2]
 
 
 def test_two_steps_up_and_down(tmp_path):

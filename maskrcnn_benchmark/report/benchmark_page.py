@@ -36,6 +36,7 @@ RESULT_HEADER = ("case", "metric", "p50", "p90", "p99", "samples")
 FACTS = ("device", "device_name", "world_size", "threads", "torch", "python", "commit", "dirty")
 # More samples than this are drawn thinned out; all of them count.
 DOTS = 300
+LEGEND = "A dot is a sample, a tick above the dots the median of a process. Verdicts compare the medians of processes."
 MARKS = {REGRESSION: "bad", MISSING: "bad", NOT_COMPARABLE: "unsure", UNCLEAR: "unsure", FASTER: "good"}
 STYLE = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1b1f24;--soft:#5b6470;--line:#d5dae1;--card:#f6f7f9;--base:#7a8594;
@@ -198,7 +199,7 @@ def html(
         sections += [f'<p class="soft">Rule: {escape(rule(comparison))}.</p>']
         sections += [f"<p>{escape(remark)}</p>" for remark in comparison.remarks]
         sections += ["<h2>Verdicts</h2>", _html_table(HEADER, [_marked(finding) for finding in comparison.findings], 2)]
-    sections += ["<h2>Cases</h2>", *_cases(new, base)]
+    sections += ["<h2>Cases</h2>", f'<p class="soft">{LEGEND}</p>', *_cases(new, base)]
     if past:
         sections += ["<h2>History</h2>", *(_course(series) for series in past)]
     sections += ["<h2>Where it was measured</h2>", _environments(new, base)]
@@ -212,7 +213,7 @@ def html(
 def _headline(comparison: Comparison | None) -> str:
     if comparison is None:
         return "Benchmark"
-    mark = MARKS.get(comparison.verdict, "good")
+    mark = MARKS.get(UNCLEAR if comparison.unclear else comparison.verdict, "good")
     return f'<span class="{mark}">{escape(verdict_line(comparison))}</span>'
 
 
@@ -324,12 +325,14 @@ def _fences(samples: Sequence[float], medians: Sequence[float]) -> tuple[float, 
 
 
 def _axis(scale: Scale, bottom: int, unit: str) -> Iterator[str]:
+    """Ticks with their values, but for those that would stick out, and the unit once, for telephones are narrow."""
+    yield f'<text x="-72" y="{bottom + 17}">{escape(unit)}</text>'
     yield f'<line class="axis" x1="0" x2="100%" y1="{bottom}" y2="{bottom}"/>'
     for tick in scale.ticks():
         x = scale.percent(tick)
-        anchor = "start" if x < 6 else "end" if x > 94 else "middle"
         yield f'<line class="axis" x1="{x}%" x2="{x}%" y1="0" y2="{bottom + 4}"/>'
-        yield f'<text x="{x}%" y="{bottom + 17}" text-anchor="{anchor}">{escape(f"{tick:.6g} {unit}")}</text>'
+        if 4 <= x <= 96:
+            yield f'<text x="{x}%" y="{bottom + 17}" text-anchor="middle">{tick:.6g}</text>'
 
 
 def _strip(side: str, value: dict[str, Any], scale: Scale, top: int) -> Iterator[str]:
@@ -347,7 +350,7 @@ def _strip(side: str, value: dict[str, Any], scale: Scale, top: int) -> Iterator
 
 
 def _course(series: Series) -> str:
-    """A series over its runs, with a dashed line and the commit at each step."""
+    """A series over its runs, with the days of the first and the last, and a dashed line at each step."""
     values = [point.value for point in series.points]
     height, scale = 110, Scale(min(values), max(values))
     along = Scale(0, max(1, len(values) - 1))
@@ -356,7 +359,9 @@ def _course(series: Series) -> str:
     for tick in scale.ticks():
         y = round(height - height * scale.percent(tick) / 100, 1)
         parts.append(f'<line class="axis" x1="0" x2="100%" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="-6" y="{y + 4}" text-anchor="end">{escape(f"{tick:.6g} {series.unit}")}</text>')
+        parts.append(f'<text x="-6" y="{y + 4}" text-anchor="end">{tick:.6g}</text>')
+    for x, anchor, point in ((0, "start", series.points[0]), (100, "end", series.points[-1])):
+        parts.append(f'<text x="{x}%" y="{height + 18}" text-anchor="{anchor}">{escape(point.started[:10])}</text>')
     for (x1, y1), (x2, y2) in pairwise(spots):
         parts.append(f'<line class="course" x1="{x1}%" y1="{y1:.1f}" x2="{x2}%" y2="{y2:.1f}"/>')
     for (x, y), point in zip(spots, series.points):
@@ -366,8 +371,9 @@ def _course(series: Series) -> str:
         x = (along.percent(step.index - 1) + along.percent(step.index)) / 2
         parts.append(f'<line class="step" x1="{x}%" x2="{x}%" y1="0" y2="{height}"/>')
     said = "; ".join(f"{step_words(step)} at commit {step.after.commit}" for step in series.steps) or "no step"
-    caption = f"<b>{escape(series.case)} · {escape(series.metric)}</b>, {len(values)} runs: {escape(said)}"
+    caption = f"<b>{escape(series.case)} · {escape(series.metric)}</b> in {escape(series.unit)}"
+    caption += f", {len(values)} runs: {escape(said)}"
     return (
-        f'<section><figure><figcaption>{caption}</figcaption><svg height="{height + 6}" role="img" '
+        f'<section><figure><figcaption>{caption}</figcaption><svg height="{height + 24}" role="img" '
         f'aria-label="{escape(said, quote=True)}">{"".join(parts)}</svg></figure></section>'
     )
