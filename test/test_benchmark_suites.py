@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -246,6 +247,35 @@ def test_a_slowed_kernel_is_caught(copy, tmp_path):
         file.write(SLOWED.replace("0.2", "4.0"))
     done = benchmark(copy, "gate", suite, base)
     assert done.returncode == 1 and "REGRESSION: 1 of 1" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("signal_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_gate_leaves_no_worktree(copy, tmp_path, signal_, code):
+    for part in ("setup.py", "requirements.txt"):
+        shutil.copy(ROOT / part, copy)
+    shutil.copytree(ROOT / "csrc", copy / "csrc")
+    git = ["git", "-C", copy, "-c", "user.name=n", "-c", "user.email=e@example.com"]
+    for arguments in ("init --quiet", "add .", "commit --quiet -m first"):
+        subprocess.run([*git, *arguments.split()], check=True)
+    for kernels in (copy / "maskrcnn_benchmark").glob("_C*.so"):
+        kernels.touch()  # newer than the sources
+    suite = copy / "configs" / "benchmark" / "ops.yaml"
+    command = [sys.executable, copy / "tools" / "benchmark.py", "gate", suite, "--base-ref", "HEAD"]
+    places = tmp_path / "places"
+    places.mkdir()
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "TMPDIR": str(places)}
+    ) as gate:
+        said = gate.stderr.readline()
+        assert said.startswith("building HEAD") and any(places.iterdir()), said + gate.stderr.read()
+        if signal_ == signal.SIGINT:
+            os.killpg(gate.pid, signal_)  # as the terminal does
+        else:
+            gate.send_signal(signal_)
+        gate.communicate(timeout=60)
+    assert gate.returncode == code
+    worktrees = subprocess.run([*git, "worktree", "list"], capture_output=True, text=True).stdout
+    assert len(worktrees.splitlines()) == 1 and not any(places.glob("benchmark-base-*"))
 
 
 def test_another_configuration_is_not_judged(tmp_path):

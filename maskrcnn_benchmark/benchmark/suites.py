@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -236,6 +237,7 @@ def other_revision(ref: str, directory: Path | None) -> Iterator[Build]:
         UserError: not a git checkout, no such revision, or a build that failed.
     """
     commit = _git("rev-parse", "--verify", f"{ref}^{{commit}}")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a cancelled CI job cleans up as Ctrl-C does
     place = (directory or Path(tempfile.mkdtemp(prefix="benchmark-base-"))).resolve()
     source, environment = place / "source", place / "environment"
     try:
@@ -243,8 +245,7 @@ def other_revision(ref: str, directory: Path | None) -> Iterator[Build]:
         if (source / ".git").exists():
             _command(["git", "-C", source, "checkout", "--quiet", "--detach", "--force", commit], ROOT)
         else:
-            _git("worktree", "prune")
-            _git("worktree", "add", "--quiet", "--detach", str(source), commit)
+            _git("worktree", "add", "--force", "--quiet", "--detach", str(source), commit)
         python = _environment(environment)
         if (source / "requirements.txt").read_bytes() != (ROOT / "requirements.txt").read_bytes():
             pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "-r", "requirements.txt"]
@@ -254,8 +255,9 @@ def other_revision(ref: str, directory: Path | None) -> Iterator[Build]:
         yield Build(f"base {commit[:12]}", source, python)
     finally:
         if directory is None:
-            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", source], capture_output=True)
             shutil.rmtree(place, ignore_errors=True)
+            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", source], capture_output=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _environment(directory: Path) -> Path:
