@@ -162,6 +162,24 @@ def test_other_versions_and_local_changes_are_told():
     assert "local changes" in judged.remarks[0] and "torch differs: was 2.13.0, is 2.14.0" in judged.remarks[1]
 
 
+def test_unlike_disturbance_is_told():
+    base, new = (result({"step_ms": processes(*STEADY)}) | {"others_cpu_share": share} for share in (0.02, 0.5))
+    assert (
+        "others used 2% of the machine's cores beside the base, 50% beside new" in compare.compare(base, new).remarks[0]
+    )
+    assert compare.compare(new, new).remarks == [] == compare.compare(base, base).remarks
+
+
+def test_a_key_that_only_one_build_knows_is_part_of_what_is_compared():
+    base, new = (result({"step_ms": processes(*STEADY)}) for _ in range(2))
+    base["cases"][0]["config"] = {"A.B": [1, 2], "OLD": 0}
+    new["cases"][0] |= {"config": {"A.B": [1, 2], "NEW": 0}, "config_sha256": "another"}
+    assert compare.compare(base, new).exit_code == 0
+    new["cases"][0]["config"]["A.B"] = [1, 3]
+    judged = compare.compare(base, new)
+    assert judged.exit_code == 2 and "A.B was [1, 2], is [1, 3]" in judged.findings[0].note
+
+
 def test_a_certain_regression_outweighs_what_could_not_be_compared():
     base = result({"step_ms": processes(*STEADY)})
     base["cases"].append(base["cases"][0] | {"name": "other"})

@@ -26,6 +26,8 @@ SAME_MACHINE = ("device", "device_name", "cpu_count", "world_size", "threads")
 SAME_WORK = ("work", "warmup")
 # Facts that may be the very thing compared, so they are told.
 TOLD = ("torch", "python", "kernels", "packages")
+# Shares of the machine that others used which differ by more than this are told.
+UNLIKE = 0.1
 SETUP_METRICS = ("init_seconds", "compile_seconds")
 ACCURACY_UNIT = "AP"
 FINE, FASTER, UNCLEAR = "fine", "faster", "unclear"
@@ -99,7 +101,7 @@ class Comparison:
 def compare(base: dict[str, Any], new: dict[str, Any], limits: Limits | None = None) -> Comparison:
     """The verdict on `new`, measured against `base`; both of the form of results.py."""
     limits = limits or Limits()
-    remarks = list(_remarks(base["environment"], new["environment"]))
+    remarks = [*_remarks(base["environment"], new["environment"]), *_disturbance(base, new)]
     apart = differing(base["environment"], new["environment"], SAME_MACHINE)
     if apart:
         return Comparison(limits, [Finding("every case", "", NOT_COMPARABLE, note=apart)], remarks)
@@ -158,6 +160,15 @@ def _remarks(base: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     told = differing(base, new, TOLD)
     if told:
         yield told
+
+
+def _disturbance(base: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    old, now = (side.get("others_cpu_share", 0.0) for side in (base, new))
+    if abs(now - old) > UNLIKE:
+        yield (
+            f"not equally quiet: others used {old:.0%} of the machine's cores beside the base, {now:.0%} beside new;"
+            " measure again, or in turns with gate --base-ref"
+        )
 
 
 def _judge_case(base: dict[str, Any], new: dict[str, Any] | None, limits: Limits) -> Iterator[Finding]:
