@@ -118,8 +118,9 @@ def _result_rows(result: dict[str, Any]) -> Iterator[list[str]]:
     for case in result["cases"]:
         for name, value in case["metrics"].items():
             quantiles = [quantity(percentile(value["samples"], q), value["unit"]) for q in (50, 90, 99)]
-            count = f"{len(value['samples'])} of {len(results.processes(value))} processes"
-            yield [results.label(results.key(case)), name, *quantiles, count]
+            count = len(results.processes(value))
+            samples = f"{len(value['samples'])} in {count} process{'es' if count > 1 else ''}"
+            yield [results.label(results.key(case)), name, *quantiles, samples]
 
 
 def verdict_line(comparison: Comparison) -> str:
@@ -309,9 +310,10 @@ def _distribution(name: str, new: dict[str, Any], base: dict[str, Any] | None) -
         parts += _strip(side, value, scale, 36 * row)
     better = f"{new['better']} is better"
     said = ", ".join(
-        f"{side} {quantity(percentile(results.process_medians(value), 50), value['unit'])}" for side, value in sides
+        ("of " + side + " " if base else "") + quantity(percentile(results.process_medians(value), 50), value["unit"])
+        for side, value in sides
     )
-    caption = f"<b>{escape(name)}</b> ({better}): median of {escape(said)}"
+    caption = f"<b>{escape(name)}</b> ({better}): median {escape(said)}"
     caption += f"; {beyond} of {len(samples)} samples lie beyond the axis, at its ends" if beyond else ""
     picture = f'<svg height="{bottom + 22}" role="img" aria-label="{escape(f"{name}: {said}", quote=True)}">'
     return f"<figure><figcaption>{caption}</figcaption>{picture}{''.join(parts)}</svg></figure>"
