@@ -162,9 +162,10 @@ def test_a_browser_shows_it_without_scrolling_sideways(sides, past, tmp_path, wi
     if browser is None:
         pytest.skip("there is no Chromium here")
     text = benchmark_page.html(sides[1], sides[0], compare(*sides), past).replace("<details>", "<details open>")
-    script = (
-        "<script>parent.postMessage([document.documentElement.scrollWidth,innerWidth].join(' '),'*')</script></body>"
-    )
+    script = """<script>
+        const hidden = [...document.querySelectorAll(".wide")].map(table => table.scrollWidth - table.clientWidth)
+        parent.postMessage(document.documentElement.scrollWidth + Math.max(...hidden) + " " + innerWidth, "*")
+        </script></body>"""
     (tmp_path / "a.html").write_text(text.replace("</body>", script))
     (tmp_path / "frame.html").write_text(
         "<!doctype html><script>onmessage=message=>document.title=message.data</script>"
