@@ -1,6 +1,6 @@
 """How often the gate is right on this machine: real gates of a build slowed by a fifth, and of one that was not.
 
-  python test/gate_reliability.py                  10 and 10 gates in turns with the base (--base-ref): 20 minutes when quiet
+  python test/gate_reliability.py                  10 and 10 gates in turns with the base (--base-ref): 20 minutes
   python test/gate_reliability.py --saved          against results that were saved before the first try
   python test/gate_reliability.py --tries 3 --threshold 5%
 

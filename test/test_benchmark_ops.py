@@ -252,7 +252,7 @@ def test_verdicts_hold_targets_against_ratios(call, tool, monkeypatch, tmp_path)
     slow = simple_case(torch.exp, lambda x: [x.exp() for _ in range(2000)][-1])
     both = [replace(slow, name="easy", target=2.0), replace(slow, name="hard", target=1e9)]
     monkeypatch.setattr(tool, "ops_cases", lambda images: both)
-    monkeypatch.setattr(tool, "torchvision_version", lambda: "1.2")
+    monkeypatch.setattr(tool.peers, "import_torchvision", lambda: SimpleNamespace(__version__="1.2"))
     out = tmp_path / "ops.json"
     arguments = ("ops", "--device", "cpu", "--repeats", 3, "--out", out, "--against")
     assert call(*arguments, "torchvision")[0] == 0  # a missed target is no error
@@ -277,7 +277,7 @@ def test_torchvision_that_is_not_there(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)  # makes its import an ImportError
     code, stdout, stderr = call("ops", "--device", "cpu", "--against", "torchvision")
     assert (code, stdout) == (2, "")
-    assert len(stderr.splitlines()) == 1 and "pip install torchvision" in stderr
+    assert len(stderr.splitlines()) == 1 and "pip install torch torchvision" in stderr
 
 
 def test_torchvision_that_does_not_load(call, tmp_path, monkeypatch):

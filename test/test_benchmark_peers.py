@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from maskrcnn_benchmark.benchmark import peers, results, runs, sides, workload
+from maskrcnn_benchmark.benchmark import peers, results, runs, sides, steps, workload
 from maskrcnn_benchmark.benchmark.sides import Side
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
@@ -41,8 +41,14 @@ def built_sides(kind, cfg=None):
     return {str(name): runs.make_side(request, name, device, made) for name in runs.side_names(request)}
 
 
+def started(built):
+    """After the first step of each side, which is what is compared."""
+    steps.first_steps({name: side.phases for name, side in built.items()}, get_device("cpu"))
+    return built
+
+
 def test_training_sides_do_the_same_work(torchvision):
-    built = built_sides("train")
+    built = started(built_sides("train"))
     assert list(built) == ["ours float32", "torchvision float32", "torchvision float32 channels-last"]
     agreement = peers.agree(built, training=True)
     assert all(entry["agrees"] for entry in agreement.values())
@@ -58,7 +64,7 @@ def test_training_sides_do_the_same_work(torchvision):
 
 
 def test_inference_sides_find_the_same(torchvision):
-    agreement = peers.agree(built_sides("infer"), training=False)
+    agreement = peers.agree(started(built_sides("infer")), training=False)
     for entry in agreement.values():
         assert entry["agrees"] and entry["detections"] == {"ours": 100, "torchvision": 100}
         assert min(entry["share_in_common"]) > 0.97
@@ -121,6 +127,8 @@ def test_losses_are_compared_one_by_one():
     near = side_with("torchvision", {"loss_mask": 1.001, "loss_box_reg": 0.5})
     far = side_with("torchvision", {"loss_mask": 0.9, "loss_box_reg": 0.6})  # the sum is the same
     assert peers.compare_losses(ours, near)["agrees"] and not peers.compare_losses(ours, far)["agrees"]
+    near.counts.mask_head = [3]  # more positive RoIs, and so more work
+    assert not peers.compare_losses(ours, near)["agrees"]
 
 
 def test_detections_are_compared_by_box_and_class():

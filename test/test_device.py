@@ -18,7 +18,7 @@ import torch.distributed as dist
 from conftest import ROOT
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from maskrcnn_benchmark.device import device_count, get_device
+from maskrcnn_benchmark.device import cuda, device_count, get_device, linux
 from maskrcnn_benchmark.errors import DeviceError
 
 TWO_STEPS = ["--skip-test", "SOLVER.MAX_ITER", "2", "SAVE_CHECKPOINTS", "False", "OUTPUT_DIR"]
@@ -73,6 +73,66 @@ def test_torch_has_the_names_that_a_device_asks_for(hardware, kind):
     assert {"record", "synchronize", "elapsed_time"} <= set(dir(device.module.Event))
     tells = {"max_memory_allocated", "reset_peak_memory_stats", "get_device_name"}
     assert (tells & set(dir(device.module))) == (set() if kind == "mps" else tells)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Writes files below a root that stands for a machine's."""
+
+    def write(name: str, text: str) -> Path:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return tmp_path
+
+    return write
+
+
+def test_what_linux_tells_of_the_processor(machine):
+    for core, kilohertz in enumerate((2_000_000, 3_000_000)):
+        machine(f"sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq", f"{kilohertz}\n")
+        machine(f"sys/devices/system/cpu/cpu{core}/thermal_throttle/core_throttle_count", "4\n")
+    machine("proc/cpuinfo", "cpu MHz\t\t: 1000.0\n")
+    machine("proc/stat", "cpu  1 2 3 4 5 6 7 50 0 0\ncpu0 1 2 3 4 5 6 7 25 0 0\n")
+    root = machine("proc/pressure/cpu", "some avg10=0 avg60=0 avg300=0 total=7000\nfull avg10=0 total=9\n")
+    assert linux.mhz(root) == 2500 and linux.heat_throttles(root) == 8
+    assert linux.stolen_ms(root) == 50_000 / os.sysconf("SC_CLK_TCK") and linux.contended_ms(root) == 7
+
+
+def test_a_virtual_machine_tells_its_clock_elsewhere_and_other_systems_nothing(machine, tmp_path):
+    tellers = (linux.mhz, linux.heat_throttles, linux.quota_throttled_ms, linux.stolen_ms, linux.contended_ms)
+    assert [tell(tmp_path) for tell in tellers] == [None] * 5
+    assert linux.mhz(machine("proc/cpuinfo", "cpu MHz\t\t: 1000.0\ncpu MHz\t\t: 3000.0\n")) == 2000
+
+
+@pytest.mark.parametrize(
+    ("groups", "file", "line"),
+    [
+        ("0::/user/me\n", "sys/fs/cgroup/user/me/cpu.stat", "throttled_usec 3000"),
+        ("0::/seen/from/outside\n", "sys/fs/cgroup/cpu.stat", "throttled_usec 3000"),  # in a container
+        ("3:cpu,cpuacct:/me\n0::/\n", "sys/fs/cgroup/cpu/me/cpu.stat", "throttled_time 3000000"),
+    ],
+)
+def test_time_without_processor_for_the_quota(machine, groups, file, line):
+    machine("proc/self/cgroup", groups)
+    assert linux.quota_throttled_ms(machine(file, f"nr_throttled 5\n{line}\n")) == 3
+
+
+def test_clocks_of_a_gpu_with_old_and_new_drivers(tmp_path, monkeypatch):
+    """nvidia-smi answers what it is asked, and refuses names that it does not know."""
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for unknown, reasons in (("none", cuda.THROTTLING[0]), ("clocks_event", cuda.THROTTLING[1])):
+        program.write_text(
+            f'#!/bin/sh\ncase "$*" in *{unknown}*) exit 2;; esac\n'
+            'case "$*" in *--id=GPU-12*) echo "1980 MHz, 2619 MHz, 30, 70.5 W, 580.1, 0x0";; esac\n'
+        )
+        program.chmod(0o755)
+        told = cuda.nvidia_smi("GPU-12")
+        assert told["clocks.sm"] == "1980 MHz" and told["driver_version"] == "580.1" and told[reasons] == "0x0"
+    program.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cuda.nvidia_smi("GPU-12") == {}
 
 
 def test_a_device_asks_its_module(hardware):

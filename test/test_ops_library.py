@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ OPERATORS = [
     *("polygon_targets", "paste_masks_rle", "soft_nms", "distance_nms", "deform_conv2d", "deform_conv2d_backward"),
     *("sigmoid_focal_loss", "sigmoid_focal_loss_backward", "proposals"),
 ]
+# With a kernel for CPUs that have AVX-512 with bfloat16
+AVX512 = ["conv3x3", "conv3x3_input_gradient", "conv3x3_weight_gradient"]
+HAS_AVX512 = "avx512_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
 NMS = """
 import logging, torch
 logging.basicConfig(level=logging.INFO)
@@ -53,7 +57,14 @@ def test_every_operator_has_a_cpu_kernel(op):
     assert ops.kernel_in_use(op, "cpu") == "native"
 
 
-@pytest.mark.parametrize("op", OPERATORS)
+@needs_extension
+@pytest.mark.skipif(library._MODE == "composite", reason="MASKRCNN_KERNELS=composite")
+@pytest.mark.parametrize("op", AVX512)
+def test_convolution_has_a_kernel_where_the_processor_can_run_it(op):
+    assert ops.kernel_in_use(op, "cpu") == ("native" if HAS_AVX512 else "composite")
+
+
+@pytest.mark.parametrize("op", [*OPERATORS, *AVX512])
 def test_every_operator_has_a_composite_for_the_other_devices(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"maskrcnn_benchmark::{op}", "CompositeExplicitAutograd")
     assert ops.kernel_in_use(op, "mps") == "composite"

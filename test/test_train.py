@@ -288,6 +288,20 @@ def test_bfloat16_follows_float32(run, tiny_config, tmp_path):
     assert not list(tmp_path.rglob("*.pth"))
 
 
+@pytest.mark.parametrize(("segm_target", "reached"), [(0.0002, True), (0.99, False)])
+def test_a_run_stops_at_its_target(run, tiny_config, tmp_path, segm_target, reached):
+    """Both targets are needed. On its training images this model has an AP of some .004 after 15 steps."""
+    arguments = ("SOLVER.BASE_LR", 0.005, "SOLVER.MAX_ITER", 60, "SOLVER.EVAL_PERIOD", 15, "LOGGING.PERIOD", 15)
+    targets = ("MLPERF.MIN_BBOX_MAP", 0.0002, "MLPERF.MIN_SEGM_MAP", segm_target)
+    more = ("DATASETS.TEST", '("coco_2017_train",)', "SAVE_CHECKPOINTS", "False", "OUTPUT_DIR", tmp_path)
+    result = run(TRAIN, "--config-file", tiny_config, "--device", "cpu", *arguments, *targets, *more)
+    assert_ok(result)
+    last, scores = read_metrics(tmp_path)[-1]["iter"], json.loads((tmp_path / "result.json").read_text())
+    assert last in (15, 30, 45) if reached else last == 60
+    assert ("are reached at iteration" in result.stdout) == reached
+    assert scores["bbox"]["AP"] >= 0.0002 and (scores["segm"]["AP"] >= segm_target) == reached
+
+
 # ------------------------------------------------------------------------------------------------ ranks
 
 
@@ -317,6 +331,27 @@ def test_launcher_trains_on_two_ranks(run, shapes, tiny_config, tmp_path):
     assert all(line.split(" = ")[1] for line in case.splitlines())
     assert (output / "train_0.log").stat().st_size > 0 and (output / "train_1.log").exists()
     assert sorted(shapes.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("script", "ranks"), [("train_performance_1p.sh", 1), ("train_performance_8p.sh", 2)])
+def test_launcher_measures_speed(run, shapes, tiny_config, tmp_path, script, ranks):
+    """To the end, with the warm-up left out, and without evaluation or checkpoints."""
+    result = run(
+        *(f"test/{script}", f"--data_path={shapes}", f"--config={tiny_config}", "--device=cpu", f"--nproc={ranks}"),
+        *(f"--output={tmp_path}", f"--batch_size={2 * ranks}", "SOLVER.MAX_ITER", 5, "LOGGING.WARMUP_STEPS", 2),
+    )
+    assert_ok(result)
+    final = dict(line.split(" : ") for line in result.stdout.splitlines() if " : " in line)
+    case = (tmp_path / f"MaskRCNN_bs{2 * ranks}_{ranks}p_perf.log").read_text()
+    case = dict(line.split(" = ") for line in case.splitlines())
+    performance = json.loads((tmp_path / "result.json").read_text())["performance"]
+    per_device = performance["images_per_second_per_device"]
+    assert performance["images_per_second"] == pytest.approx(ranks * per_device) and performance["warmup_steps"] == 2
+    assert final["Final Performance images/sec"] == case["ActualFPS"] == f"{performance['images_per_second']:.2f}"
+    assert case["RankSize"] == str(ranks) and case["BatchSize"] == str(2 * ranks) and case["DeviceType"] == "cpu"
+    assert float(case["TrainingTime"]) == pytest.approx(performance["step_ms"]["p50"], abs=0.01)
+    assert final["Final Segm mAP"] == case["TrainAccuracy"] == "n/a" and performance["eval_seconds"] is None
+    assert read_metrics(tmp_path)[-1]["iter"] == 5 and not list(tmp_path.glob("*.pth"))
 
 
 def test_launcher_ends_with_the_status_of_its_ranks(run, shapes, tiny_config, tmp_path):

@@ -23,7 +23,6 @@ compare and gate exit with 0 where all is fine, 1 at a regression, 2 where the r
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import shlex
 import sys
@@ -59,6 +58,8 @@ from maskrcnn_benchmark.errors import UserError
 from maskrcnn_benchmark.report import benchmark_page
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# A step is one batch, whatever the configuration accumulates.
+ONE_BATCH = ("SOLVER.ACCUMULATE_STEPS", "1")
 COLUMNS = ("case", "dtype", "kernel", "ours ms", "peer ms", "times faster", "95% interval", "target", "verdict")
 WIDTHS = (58, 8, 9, 9, 9, 12, 13, 6, 0)
 
@@ -146,7 +147,8 @@ def add_infer(subparsers: argparse._SubParsersAction) -> None:
         help="time inference",
         description="Times inference from a batch to COCO results, and its phases in a pass of its own. Without"
         " MODEL.WEIGHT fresh weights are widened until every image has more detections than are kept; with synthetic"
-        f" data the heads get fixed proposals. How it measures: {steps.METHOD}.",
+        " data the heads get fixed proposals. What was found is then scored, --phase-steps times. How it measures:"
+        f" {steps.METHOD}.",
     )
     add_step_arguments(parser, batch=1)
     parser.set_defaults(function=run_step, kind="infer", positives=0)
@@ -263,29 +265,38 @@ def pattern(text: str) -> re.Pattern:
 
 def run_ops(args: argparse.Namespace) -> int:
     cases = chosen(ops_cases(args.images), args.dtype, args.only)
-    peers = {"torchvision": torchvision_version()} if args.against == "torchvision" else {}
+    versions = {"torchvision": peers.import_torchvision().__version__} if args.against == "torchvision" else {}
     if args.out:
         require_directory("--out", args.out)
     device = get_device(args.device)
-    device.activate()
     if args.threads:
         torch.set_num_threads(args.threads)
     plan = timing.Plan(warmup=args.warmup, repeats=args.repeats, budget_seconds=args.budget)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-    print_row(COLUMNS, args.markdown)
-    if args.markdown:
-        print_row(["---"] * len(COLUMNS), args.markdown)
-    rows = []
-    for case in cases:
-        rows.append(measure(case, device, args.against, plan, args.scale))
-        print_row(cells(rows[-1]), args.markdown)
+    with distributed.process_group(device):
+        rows = measure_ops(cases, args, device, plan)
+        if not distributed.is_main():
+            return 0
+        if args.out:
+            results.write(args.out, report(args, device, plan, started, versions, rows))
     disagreeing = [row["name"] for row in rows if row["agreement"] and not row["agreement"]["agrees"]]
-    if args.out:
-        results.write(args.out, report(args, device, plan, started, peers, rows))
     for name in disagreeing:
         sys.stderr.write(f"error: {name}: our result and {args.against}'s disagree; not timed\n")
     return 1 if disagreeing else 0
+
+
+def measure_ops(cases: list[Case], args: argparse.Namespace, device: Device, plan: timing.Plan) -> list[dict[str, Any]]:
+    """A row of each case; the main rank prints it at once."""
+    rows = []
+    heads = [COLUMNS, ["---"] * len(COLUMNS)] if args.markdown else [COLUMNS]
+    if distributed.is_main():
+        for head in heads:
+            print_row(head, args.markdown)
+    for case in cases:
+        rows.append(measure(case, device, args.against, plan, args.scale))
+        if distributed.is_main():
+            print_row(cells(rows[-1]), args.markdown)
+    return rows
 
 
 def run_step(args: argparse.Namespace) -> int:
@@ -296,9 +307,9 @@ def run_step(args: argparse.Namespace) -> int:
     device = get_device(requests[0].device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    result = started_result(device)
-    cases, comparisons = result["cases"], []
     with distributed.process_group(device):
+        result = started_result(device, distributed.world_size())
+        cases, comparisons = result["cases"], []
         for request in requests:
             measured = runs.run(request, device)
             if measured is None:  # not the main rank
@@ -306,7 +317,6 @@ def run_step(args: argparse.Namespace) -> int:
             cases += measured["cases"]
             comparisons.append({"batch": request.batch, **{k: measured[k] for k in ("agreement", "ratios")}})
             print("\n".join(runs.summary(measured)), flush=True)
-        result["environment"] = environment.describe(device, distributed.world_size())
         main_rank = distributed.is_main()
     if args.out and main_rank:
         extra = {"method": steps.METHOD, "against": args.against, "peers": versions, "comparisons": comparisons}
@@ -320,17 +330,15 @@ def run_step(args: argparse.Namespace) -> int:
 def run_data(args: argparse.Namespace) -> int:
     if args.out:
         require_directory("--out", args.out)
-    cfg = get_config(
-        args.config_file or suites.ROOT / peers.CONFIG, ["SOLVER.IMS_PER_BATCH", str(args.batch), *args.overrides]
-    )
+    overrides = ["SOLVER.IMS_PER_BATCH", str(args.batch), *args.overrides, *ONE_BATCH]
+    cfg = get_config(args.config_file or suites.ROOT / peers.CONFIG, overrides)
     device = get_device(args.device or cfg.MODEL.DEVICE)
-    result = started_result(device)
     with distributed.process_group(device):
+        result = started_result(device, distributed.world_size())
         if args.data == "synthetic":
             case = loading.run_synthetic(cfg, device, args.steps, args.warmup, args.images, args.size)
         else:
             case = loading.run(cfg, device, args.steps, args.warmup)
-        result["environment"] = environment.describe(device, distributed.world_size())
     if case is not None:
         print("\n".join(loading.summary(case)), flush=True)
         if args.out:
@@ -341,26 +349,29 @@ def run_data(args: argparse.Namespace) -> int:
 def run_eval(args: argparse.Namespace) -> int:
     if args.out:
         require_directory("--out", args.out)
-    result = started_result(get_device("cpu"))
+    device = get_device("cpu")
     engines = tuple(dict.fromkeys(args.engine or scoring.ENGINES))
-    result["cases"] = scoring.run(args.images, args.detections, engines, args.steps, args.warmup)
-    for case in result["cases"]:
-        print("\n".join(scoring.summary(case)), flush=True)
-    if args.out:
-        results.write(args.out, result)
+    with distributed.process_group(device):
+        if distributed.is_main():  # as in a training run, where the other ranks wait for it
+            result = started_result(device, distributed.world_size())
+            result["cases"] = scoring.run(args.images, args.detections, engines, args.steps, args.warmup)
+            for case in result["cases"]:
+                print("\n".join(scoring.summary(case)), flush=True)
+            if args.out:
+                results.write(args.out, result)
     return 0
 
 
-def started_result(device: Device) -> dict[str, Any]:
+def started_result(device: Device, ranks: int) -> dict[str, Any]:
     """A result file's head, with no cases yet."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    about = environment.describe(device)
+    about = environment.describe(device, ranks)
     return {"format": results.FORMAT, "command": sys.argv, "started": started, "environment": about, "cases": []}
 
 
 def step_request(args: argparse.Namespace, batch: int) -> runs.Request:
     key = "SOLVER.IMS_PER_BATCH" if args.kind == "train" else "TEST.IMS_PER_BATCH"
-    cfg = get_config(args.config_file or suites.ROOT / peers.CONFIG, [key, str(batch), *args.overrides])
+    cfg = get_config(args.config_file or suites.ROOT / peers.CONFIG, [key, str(batch), *args.overrides, *ONE_BATCH])
     return runs.Request(
         kind=args.kind,
         cfg=cfg,
@@ -377,20 +388,6 @@ def step_request(args: argparse.Namespace, batch: int) -> runs.Request:
         memory=not args.no_memory,
         profile=args.profile,
     )
-
-
-def torchvision_version() -> str:
-    """Before anything is measured: is it there, and does it load?"""
-    try:
-        return importlib.import_module("torchvision").__version__
-    except ImportError as error:
-        raise UserError(f"--against torchvision: not here ({error}); pip install torchvision") from None
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--against torchvision: it does not load with torch {torch.__version__} ({reason}); install its build for"
-            " this torch"
-        ) from None
 
 
 def chosen(cases: list[Case], dtype: str | None, only: re.Pattern | None) -> list[Case]:
@@ -417,15 +414,21 @@ def measure(case: Case, device: Device, against: str | None, plan: timing.Plan, 
         "target": None,
         "verdict": None,
     }
+    clocks = [device.clocks()]
     if against:
         name, prepare, agreement = case.peer(against)
         functions["peer"] = prepare(problem)
         error = agreement.error(functions["ours"](), functions["peer"]())
         row["peer_name"] = name
-        row["agreement"] = {"tolerance": agreement.tolerance, "error": error, "agrees": error <= 1}
-        if not error <= 1:
+        agrees = distributed.first_message(None if error <= 1 else case.name) is None  # on every rank
+        row["agreement"] = {"tolerance": agreement.tolerance, "error": error, "agrees": agrees}
+        if not agrees:
             return row | {"verdict": "DISAGREES"}
-    samples = timing.interleave(functions, device.synchronize, plan)
+    parts = distributed.gather((timing.interleave(functions, device.synchronize, plan), [*clocks, device.clocks()]))
+    if parts is None:
+        return row
+    samples = {side: timing.slowest(part[0][side] for part in parts) for side in functions}
+    row["clocks"] = [part[1] for part in parts]
     for side, function in functions.items():
         memory = timing.extra_memory_mb(function, device)
         row[side] = {"ms": timing.milliseconds(samples[side]), "extra_memory_mb": memory, "samples_ns": samples[side]}
@@ -469,7 +472,7 @@ def print_row(values: list[str] | tuple[str, ...], markdown: bool) -> None:
 def report(
     args: argparse.Namespace, device: Device, plan: timing.Plan, started: str, peers: dict[str, str], rows: list
 ) -> dict[str, Any]:
-    about = environment.describe(device)
+    about = environment.describe(device, distributed.world_size())
     return {
         "format": results.FORMAT,
         "benchmark": "ops",

@@ -115,6 +115,19 @@ def close(relative: float, absolute: float) -> Agreement:
     return Agreement(f"|difference| <= {absolute:g} + {relative:g} |value|", error)
 
 
+def near(share: float) -> Agreement:
+    """Tensor by tensor: |ours - peer| <= share of the peer's largest magnitude. For sums whose terms cancel."""
+
+    def error(ours: Any, peer: Any) -> float:
+        pairs = [(a.float(), b.float()) for a, b in zip(_tensors(ours), _tensors(peer), strict=True)]
+        if any(a.shape != b.shape for a, b in pairs):
+            return math.inf
+        worst = [(a - b).abs().max().nan_to_num(math.inf) / (share * b.abs().max()) for a, b in pairs if a.numel()]
+        return max((value.item() for value in worst), default=0.0)
+
+    return Agreement(f"|difference| <= {share:g} of the largest value", error)
+
+
 def _differing(ours: Any, peer: Any) -> float:
     pairs = list(zip(_tensors(ours), _tensors(peer), strict=True))
     if any(a.shape != b.shape for a, b in pairs):
@@ -772,6 +785,54 @@ def focal_cases() -> list[Case]:
     ]
 
 
+# ---- convolution
+
+
+@dataclass(frozen=True)
+class Convolving:
+    input: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def convolving(setup: Setup) -> Convolving:
+    """P3 of an 800 x 1344 pair, 256 channels to 256, channels-last; weight and bias float32."""
+    random = setup.generator()
+    height, width = (max(8, round(side * math.sqrt(setup.scale))) for side in (100, 168))
+    shape = (2, 256, height, width)
+    draw = lambda *shape: torch.from_numpy(random.standard_normal(shape, dtype=np.float32))  # noqa: E731
+    x = draw(*shape).to(setup.device, setup.dtype).contiguous(memory_format=torch.channels_last)
+    weight = (draw(256, 256, 3, 3) / 48).to(setup.device).contiguous(memory_format=torch.channels_last)
+    return Convolving(x, weight, draw(256).to(setup.device))
+
+
+def convolve(leaves: list[Tensor], p: Convolving) -> Tensor:
+    return ops.convolution.conv3x3(*leaves)
+
+
+def convolve_by_torch(leaves: list[Tensor], p: Convolving) -> Tensor:
+    """With casts of the weight and the bias, as autocast makes them."""
+    x, weight, bias = leaves
+    return torch.nn.functional.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=1)
+
+
+def convolution_case(backward: bool, dtype: torch.dtype) -> Case:
+    leaves = lambda p: [p.input, p.weight, p.bias]  # noqa: E731
+    timed = gradient if backward else (lambda way, tensors, p: partial(way, tensors, p))
+    ours, peer = (lambda p, way=way: timed(way, leaves(p), p) for way in (convolve, convolve_by_torch))
+    return Case(
+        name=f"3x3 convolution {'backward' if backward else 'forward'}, P3, 256 channels",
+        op="conv3x3_weight_gradient" if backward else "conv3x3",
+        inputs=convolving,
+        ours=ours,
+        torchvision=peer,
+        composite=peer,
+        agreement=near(1e-5 if dtype == torch.float32 else 2e-2),
+        way="torch",
+        dtype=dtype,
+    )
+
+
 # ---- all
 
 
@@ -786,7 +847,10 @@ def ops_cases(images: int = 2) -> list[Case]:
     ]
     deformed = [deform_case(modulated, backward) for modulated in (False, True) for backward in (False, True)]
     cases = [*pooled, *suppression_cases(images), *anchor_cases(), *mask_cases(), *deformed, *focal_cases()]
-    return cases
+    convolved = [
+        convolution_case(backward, dtype) for dtype in (torch.float32, torch.bfloat16) for backward in (False, True)
+    ]
+    return [*cases, *convolved]
 
 
 def suppression_cases(images: int) -> list[Case]:

@@ -16,9 +16,9 @@ from ..device import Device
 
 KERNELS = (
     *("roi_align", "nms", "match", "box_encode", "box_decode", "polygon_targets", "paste_masks_rle"),
-    *("soft_nms", "distance_nms", "deform_conv2d", "sigmoid_focal_loss", "proposals"),
+    *("soft_nms", "distance_nms", "deform_conv2d", "sigmoid_focal_loss", "proposals", "conv3x3"),
 )
-PACKAGES = ("numpy", "opencv-python-headless", "pycocotools", "hotcoco")
+PACKAGES = ("numpy", "opencv-python-headless", "opencv-python", "pycocotools", "hotcoco")
 
 
 def describe(device: Device, world_size: int = 1) -> dict[str, Any]:
@@ -27,6 +27,8 @@ def describe(device: Device, world_size: int = 1) -> dict[str, Any]:
         "maskrcnn_benchmark": __version__,
         **commit(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -37,6 +39,16 @@ def describe(device: Device, world_size: int = 1) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "kernels": {op: ops.kernel_in_use(op, device.type) for op in KERNELS},
     }
+
+
+def disturbances(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """For people: which counters of Device.clocks rose between two readings; empty where none did."""
+    rises = {
+        name: after[name] - before[name]
+        for name in ("heat_throttles", "quota_throttled_ms", "stolen_ms", "contended_ms")
+        if before.get(name) is not None
+    }
+    return ", ".join(f"{name} {rise:.0f}" for name, rise in rises.items() if rise >= 1)
 
 
 def commit() -> dict[str, Any]:

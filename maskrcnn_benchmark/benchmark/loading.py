@@ -31,14 +31,18 @@ def run(cfg: CfgNode, device: Device, steps: int, warmup: int) -> dict[str, Any]
     batches = iter(loader)
     init = time.perf_counter() - started
     share = cfg.SOLVER.IMS_PER_BATCH // distributed.world_size()
+    device.reset_peak_memory()
+    clocks = [device.clocks()]
     whole = measure({"": {DATA: lambda _: next(batches)}}, device, warmup, steps, 0)[""]
+    clocks.append(device.clocks())
+    memory = device.max_memory_mb()
     batches.close()  # its workers must not run beside the stages
     whole.phases = measure({"": stages(cfg, device, dataset, share)}, device, warmup, 1, steps)[""].phases
-    parts = distributed.gather(whole)
+    parts = distributed.gather((whole, memory, clocks))
     if parts is None:
         return None
-    metrics = step_metrics(over_ranks(parts), cfg.SOLVER.IMS_PER_BATCH, len(parts))
-    del metrics["data_wait_share"]  # it is all wait
+    metrics = step_metrics(over_ranks([part[0] for part in parts]), cfg.SOLVER.IMS_PER_BATCH, len(parts))
+    metrics["max_memory_mb"] = metric([max(part[1] for part in parts)], "MB", gate=False)  # without its workers'
     metrics["init_seconds"] = metric([init], "s", gate=False)
     workers = cfg.DATALOADER.NUM_WORKERS
     return {
@@ -50,6 +54,7 @@ def run(cfg: CfgNode, device: Device, steps: int, warmup: int) -> dict[str, Any]
         "warmup": warmup,
         "work": {"data": "real", "constant": False, "batch": cfg.SOLVER.IMS_PER_BATCH, "images": len(dataset)},
         "metrics": metrics,
+        "clocks": [part[2] for part in parts],
     }
 
 

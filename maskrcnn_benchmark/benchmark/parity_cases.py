@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.anchors import AnchorGenerator
-from ..models.box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, MLPFeatureExtractor, SampledRoIs
+from ..models.box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, MLPFeatureExtractor, SampledRoIs, of_class
 from ..models.fpn import FPN
 from ..models.layers import FrozenBatchNorm2d, SyncBatchNorm2d, conv_norm, group_norm
 from ..models.mask_head import ConvFeatureExtractor, MaskHead, MaskPredictor
@@ -362,11 +362,20 @@ def sigmoid_focal_loss_cases(op: Callable) -> Iterator[Case]:
     )
 
 
+def conv3x3_cases(op: Callable) -> Iterator[Case]:
+    generator = random(9)
+    for name, shape in (("many tiles", (2, 32, 40, 44)), ("few tiles", (2, 32, 12, 9))):
+        x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
+        weight, bias = torch.randn(64, 32, 3, 3, generator=generator) / 17, torch.randn(64, generator=generator)
+        yield Case(*("ops", f"conv3x3, {name}", op), floats=(x, weight, bias), depth=2, condition=4 * math.sqrt(9 * 32))
+
+
 OPTIONAL: dict[str, Callable[[Callable], Iterator[Case]]] = {
     "soft_nms": soft_nms_cases,
     "distance_nms": distance_nms_cases,
     "deform_conv2d": deform_conv2d_cases,
     "sigmoid_focal_loss": sigmoid_focal_loss_cases,
+    "conv3x3": conv3x3_cases,
 }
 
 # --------------------------------------------------------------------------------------------------- layers
@@ -455,7 +464,14 @@ def head_cases() -> Iterator[Case]:
     yield layer_case("box head of C4 (res5)", module, (12, 32, 14, 14), depth=30, condition=2 * terms, gates=9)
     module = nn.Sequential(ConvFeatureExtractor(16, (16, 16)), MaskPredictor(16, 16, 9))
     terms = math.sqrt(16 * 9)
-    yield layer_case("mask head", module, (20, 16, 14, 14), depth=4, condition=4 * terms, gates=3)
+    label = torch.arange(20) % 9
+    yield layer_case(
+        *("mask head", module, (20, 16, 14, 14)),
+        function=lambda parts, x: parts[1](parts[0](x), label.to(x.device)),
+        depth=4,
+        condition=4 * terms,
+        gates=3,
+    )
     yield pool_case()
 
 
@@ -527,7 +543,7 @@ def loss_cases() -> Iterator[Case]:
 
 
 def mask_loss_case(targets: Targets, generator: torch.Generator, rule: dict) -> Case:
-    head = MaskHead(_first_map, nn.Identity(), nn.Identity(), positives_per_image=20)
+    head = MaskHead(_first_map, nn.Identity(), of_class, positives_per_image=20)
     index = torch.randint(6, (2, 20), generator=generator)
     chosen = SampledRoIs(
         boxes=targets.boxes.gather(1, index[..., None].expand(-1, -1, 4)),

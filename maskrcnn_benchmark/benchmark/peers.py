@@ -150,6 +150,7 @@ def training_side(
     count_rois(side)
 
     def forward(batch: tuple[list, list]) -> dict[str, Tensor]:
+        side.sizes.append(tuple(workload.images.pixels.shape[-2:]))
         with device.autocast(dtype):
             return model(*batch)
 
@@ -178,6 +179,7 @@ def inference_side(
 
     @torch.no_grad()
     def forward(batch: list[Tensor]) -> tuple:
+        side.sizes.append(tuple(workload.images.pixels.shape[-2:]))
         with device.autocast(dtype):
             return model(batch)
 
@@ -196,24 +198,23 @@ def inference_side(
 
 
 def agree(sides: Mapping[str, Side], training: bool) -> dict[str, dict[str, Any]]:
-    """Each peer's results against ours in the same dtype: what is compared must do the same."""
+    """Each peer's results against ours in the same dtype, of the step that both have just made, their first: what is
+    compared must do the same."""
     ours = {side.dtype: side for side in sides.values() if side.name == "ours"}
-    for side in sides.values():
-        value = None
-        for phase, function in side.phases.items():
-            if phase not in ("backward", "optimizer"):
-                value = function(value)
     judge = compare_losses if training else compare_detections
     return {name: judge(ours[side.dtype], side) for name, side in sides.items() if side.name != "ours"}
 
 
 def compare_losses(ours: Side, peer: Side) -> dict[str, Any]:
-    """Of the first step. The RPN samples its anchors at random; nothing else differs."""
+    """Losses, and how many RoIs were sampled and how many of them are positive. The RPN samples its anchors at random;
+    nothing else differs."""
     mine, theirs = ours.read_losses()[0], peer.read_losses()[0]
     apart = {name: abs(mine[name] - theirs[name]) / max(abs(mine[name]), 1e-6) for name in mine}
     tolerance = LOSS_TOLERANCE[ours.dtype]
-    agrees = all(value <= tolerance for value in apart.values())
-    return {"agrees": agrees, "tolerance": tolerance, "relative_difference": apart, "ours": mine, "peer": theirs}
+    rois = {side.name: side.counts.read() for side in (ours, peer)}
+    agrees = rois[ours.name] == rois[peer.name] and all(value <= tolerance for value in apart.values())
+    found = {"relative_difference": apart, "ours": mine, "peer": theirs, "rois": rois}
+    return {"agrees": agrees, "tolerance": tolerance, **found}
 
 
 def compare_detections(ours: Side, peer: Side) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import multiprocessing
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +23,17 @@ from ..data.loader import test_loader, train_loader
 from ..device import Device, get_device
 from ..engine import distributed
 from ..errors import UserError
-from . import flops, peers, sides
+from ..evaluation.coco import TASKS, evaluate
+from . import environment, flops, peers, sides
 from .results import metric
 from .sides import Batches, Side
-from .steps import Samples, measure, over_ranks, step_metrics, whole
+from .steps import Samples, first_steps, measure, over_ranks, step_metrics, whole
 from .timing import ratio_of_medians
-from .workload import Workload, inference_workload, repeat, training_workload
+from .workload import OBJECTS, Workload, draw_sample, ground_truth, inference_workload, repeat, training_workload
 
 PROFILED_STEPS = 2
+# (height and width of the padded images, RoIs in the mask head) -> FLOP of a step of this rank
+FlopCounter = Callable[[tuple[int, int], int], float]
 
 
 @dataclass(frozen=True)
@@ -87,48 +92,54 @@ def side_names(request: Request) -> list[SideName]:
 def run(request: Request, device: Device) -> dict[str, Any] | None:
     """The case of each side, how the peer's results agree with ours, and ratios; on the main rank, None on the others.
     Without agreement nothing is timed: there are no cases."""
-    ranks = distributed.world_size()
-    if request.batch % ranks:
-        raise UserError(f"a batch of {request.batch} images cannot be divided among {ranks} ranks")
-    if request.against and (ranks > 1 or request.data == "real"):
-        raise UserError("--against works with synthetic data, in one process without ranks")
-    workload = make_workload(request, device) if request.data == "synthetic" else None
+    check(request)
+    peaks = {dtype: peak(request, device, dtype) for dtype in request.dtypes}
+    workload = make_workload(request, device)
     names = side_names(request)
     built = {str(name): make_side(request, name, device, workload) for name in names}
+    phases = {name: side.phases for name, side in built.items()}
+    device.reset_peak_memory()
+    first = first_steps(phases, device)
     agreement = peers.agree(built, request.training) if request.against else {}
     if not all(entry["agrees"] for entry in agreement.values()):
         return {"cases": [], "agreement": agreement, "ratios": []}
-    peaks = {dtype: peak(request, device, dtype) for dtype in request.dtypes}
-    for side in built.values():
-        side.forget()
-    device.reset_peak_memory()
     clocks = [device.clocks()]
-    phases = {name: side.phases for name, side in built.items()}
-    samples = measure(phases, device, request.warmup, request.steps, request.phase_steps)
+    samples = measure(phases, device, request.warmup, request.steps, request.phase_steps, first)
     clocks.append(device.clocks())
     if len(names) == 1:
         memory = {str(names[0]): device.max_memory_mb()}
     else:
         memory = {str(name): memory_alone(request, name) for name in names if request.memory}
-    cases = []
+    count, cases = flop_counter(request), []
     for name in names:
         side = built[str(name)]
-        parts = distributed.gather((samples[str(name)], side.counts.read(), memory.get(str(name))))
+        scoring = [exposed_evaluation(request, side) for _ in range(request.phase_steps) if side.truth]
+        parts = distributed.gather(part_of(request, side, samples[str(name)], count, memory.get(str(name)), clocks))
         if parts is not None:
-            cases.append(case(request, name, side, parts, peaks[name.dtype]) | {"clocks": clocks})
+            cases.append(case(request, name, side, parts, peaks[name.dtype], scoring))
     if request.profile:
-        for name, side in built.items():
-            write_profile(request.profile, f"{request.kind} {name}", side, device)
+        for name in names:
+            write_profile(request.profile, case_name(request, name), built[str(name)], device)
     if not distributed.is_main():
         return None
     return {"cases": cases, "agreement": agreement, "ratios": ratios(names, samples)}
 
 
+def check(request: Request) -> None:
+    ranks = distributed.world_size()
+    if request.batch % ranks:
+        raise UserError(f"a batch of {request.batch} images cannot be divided among {ranks} ranks")
+    if request.against and (ranks > 1 or request.data == "real"):
+        raise UserError("--against works with synthetic data, in one process without ranks")
+
+
 # ---- sides
 
 
-def make_workload(request: Request, device: Device) -> Workload:
-    """This rank's share of the images."""
+def make_workload(request: Request, device: Device) -> Workload | None:
+    """This rank's share of the images; None for real data."""
+    if request.data == "real":
+        return None
     share = request.batch // distributed.world_size()
     first = distributed.rank() * share
     if request.training:
@@ -139,28 +150,43 @@ def make_workload(request: Request, device: Device) -> Workload:
 def make_side(request: Request, name: SideName, device: Device, workload: Workload | None) -> Side:
     cfg, dtype, training = request.cfg, getattr(torch, name.dtype), request.training
     if name.system == "ours":
-        build = sides.training_side if training else sides.inference_side
-        if workload is None:
-            return build(cfg, device, dtype, real_batches(request, device))
-        return build(cfg, device, dtype, repeat(workload), workload.proposals)
+        batches, truth = real_data(request, device) if workload is None else synthetic_data(request, workload)
+        proposals = workload.proposals if workload else None
+        if training:
+            return sides.training_side(cfg, device, dtype, batches, proposals)
+        return sides.inference_side(cfg, device, dtype, batches, truth, proposals)
     weights = sides.fresh_model(cfg, device, None if training else workload.images).state_dict()
     build = peers.training_side if training else peers.inference_side
     return build(cfg, device, dtype, workload, weights, name.channels_last)
 
 
-def real_batches(request: Request, device: Device) -> Batches:
-    """Without end, from the configuration's data sets; of a test set the batches that are full."""
+def synthetic_data(request: Request, workload: Workload) -> tuple[Batches, dict[str, Any] | None]:
+    """The batch without end; and for inference the ground truth of all ranks' images."""
+    if request.training:
+        return repeat(workload), None
+    samples = [draw_sample(number, request.size, OBJECTS) for number in range(request.batch)]
+    return repeat(workload), ground_truth(request.cfg, samples)
+
+
+def real_data(request: Request, device: Device) -> tuple[Batches, dict[str, Any] | None]:
+    """Batches without end from the configuration's data sets; of a test set the full ones, and its ground truth."""
     cfg, ranks = request.cfg, (distributed.rank(), distributed.world_size())
     dataset = build_dataset(cfg.DATASETS.TRAIN if request.training else cfg.DATASETS.TEST, cfg, request.training)
     check_num_classes(cfg, dataset)
     if request.training:
-        return iter(train_loader(cfg, dataset, device, *ranks, 0))
+        return iter(train_loader(cfg, dataset, device, *ranks, 0)), None
     share = request.batch // ranks[1]
     if len(dataset) // ranks[1] < share:
         raise UserError(f"{len(dataset)} images do not fill a batch of {request.batch}")
     loader = test_loader(cfg, dataset, device, *ranks)
     endless: Iterator[Any] = itertools.chain.from_iterable(itertools.repeat(loader))
-    return (batch for batch in endless if len(batch[0]) == share)
+    sizes = zip(dataset.image_ids, dataset.sizes.tolist())
+    truth = {
+        "images": [{"id": image_id, "height": height, "width": width} for image_id, (height, width) in sizes],
+        "categories": [{"id": i, "name": n} for i, n in zip(dataset.category_ids, dataset.category_names)],
+        "annotations": [entry for index in range(len(dataset)) for entry in dataset.annotations(index)],
+    }
+    return (batch for batch in endless if len(batch[0]) == share), truth
 
 
 def peak(request: Request, device: Device, dtype: str) -> dict[str, Any]:
@@ -171,9 +197,12 @@ def peak(request: Request, device: Device, dtype: str) -> dict[str, Any]:
 
 
 def memory_alone(request: Request, name: SideName) -> float:
-    """Peak memory in MB of a fresh process that runs this side alone."""
+    """Peak memory in MB of a fresh process that runs this side's share of the batch alone, without other ranks."""
     spawn = multiprocessing.get_context("spawn")
-    alone = replace(request, warmup=1, steps=2, phase_steps=0)
+    cfg = request.cfg.clone()
+    cfg.defrost()
+    (cfg.SOLVER if request.training else cfg.TEST).IMS_PER_BATCH = request.batch // distributed.world_size()
+    alone = replace(request, cfg=cfg, warmup=1, steps=2, phase_steps=0)
     with ProcessPoolExecutor(1, mp_context=spawn) as executor:
         return executor.submit(_peak_memory, alone, name, torch.get_num_threads()).result()
 
@@ -192,17 +221,80 @@ def _peak_memory(request: Request, name: SideName, threads: int) -> float:
 # ---- results
 
 
-def case(request: Request, name: SideName, side: Side, parts: list[tuple], peak: dict[str, Any]) -> dict[str, Any]:
-    """parts: of each rank the samples, the RoI counts by kind and step, and the peak memory."""
-    samples = over_ranks([part[0] for part in parts])
-    counts = {kind: [sum(c) for c in zip(*(part[1][kind] for part in parts))] for kind in parts[0][1]}
-    memory = [part[2] for part in parts if part[2] is not None]
+@dataclass(frozen=True)
+class Part:
+    """What a rank measured of a side: rois by kind and flop of each step of the pass end to end, clocks around it."""
+
+    samples: Samples
+    rois: dict[str, list[int]]
+    flop: list[float]
+    memory: float | None
+    clocks: list[dict[str, Any]]
+
+
+def part_of(
+    request: Request,
+    side: Side,
+    samples: Samples,
+    count: FlopCounter,
+    memory: float | None,
+    clocks: list[dict[str, Any]],
+) -> Part:
+    """
+    Raises:
+        UserError: the number of RoIs varies although the work is to be constant.
+    """
+    end_to_end = slice(request.warmup, request.warmup + request.steps)
+    rois = {kind: counts[end_to_end] for kind, counts in side.counts.read().items()}
+    if request.data == "synthetic" and len(set(rois["mask_head"])) > 1:
+        raise UserError(
+            f"{side.name}: the work is not constant: RoIs in the mask head step by step {rois['mask_head']}"
+        )
+    if not request.cfg.MODEL.MASK_ON:
+        rois["mask_head"] = [0] * len(rois["mask_head"])
+    flop = [count(size, in_mask_head) for size, in_mask_head in zip(side.sizes[end_to_end], rois["mask_head"])]
+    return Part(samples, rois, flop, memory, clocks)
+
+
+def flop_counter(request: Request) -> FlopCounter:
+    count = flops.training_flops if request.training else flops.inference_flops
+    of_size = functools.cache(functools.partial(count, request.cfg))
+    share = request.batch // distributed.world_size()
+    return lambda size, in_mask_head: of_size(size).of(share, in_mask_head)
+
+
+def exposed_evaluation(request: Request, side: Side) -> float:
+    """Seconds from the last step's end until everything that the side found is scored: nothing else happens meanwhile.
+    On the main rank, which does it."""
+    started = time.perf_counter()
+    shards = distributed.gather(side.results)
+    if shards is not None:
+        results = {images: found for shard in shards for images, found in shard.items()}
+        looked_at = [image for images in results for image in images]
+        tasks = TASKS if request.cfg.MODEL.MASK_ON else TASKS[:1]
+        everything = list(itertools.chain.from_iterable(results.values()))
+        evaluate(side.truth, everything, tasks, request.cfg.TEST.EVALUATOR, looked_at)
+    return time.perf_counter() - started
+
+
+def case(
+    request: Request, name: SideName, side: Side, parts: list[Part], peak: dict[str, Any], scoring: list[float]
+) -> dict[str, Any]:
+    samples = over_ranks([part.samples for part in parts])
+    rois = {kind: [sum(steps) for steps in zip(*(part.rois[kind] for part in parts))] for kind in parts[0].rois}
+    flop = [sum(steps) for steps in zip(*(part.flop for part in parts))]
+    memory = [part.memory for part in parts if part.memory is not None]
+    speed = [amount / (ms / 1000) / (peak["tflops"] * 1e12) for amount, ms in zip(flop, samples.step)]
     metrics = step_metrics(samples, request.batch, len(parts))
-    for kind, values in counts.items():
+    metrics["mfu"] = metric(speed, "share", "higher", gate=False)
+    metrics["flop"] = metric(flop, "FLOP", gate=False)
+    for kind, values in rois.items():
         if values:
             metrics[f"{kind}_rois"] = metric(values, "RoIs", "higher", gate=False)
     if memory:
         metrics["max_memory_mb"] = metric([max(memory)], "MB")
+    if scoring:
+        metrics["exposed_evaluation_seconds"] = metric(scoring, "s", gate=False)
     metrics["init_seconds"] = metric([side.init_seconds], "s", gate=False)
     work: dict[str, Any] = {
         "data": request.data,
@@ -210,14 +302,8 @@ def case(request: Request, name: SideName, side: Side, parts: list[tuple], peak:
         "batch": request.batch,
         "trainable_parameters": side.trainable_parameters(),
     }
-    extra: dict[str, Any] = {"losses": side.read_losses()}
     if request.data == "synthetic":
-        in_mask_head = counts["mask_head"][0]
-        work |= {"image": list(request.size), "proposals": "fixed", "mask_head_rois": in_mask_head}
-        amount = step_flops(request, in_mask_head)
-        speed = [amount / (milliseconds / 1000) / (peak["tflops"] * 1e12) for milliseconds in samples.step]
-        metrics["mfu"] = metric(speed, "share", "higher", gate=False)
-        extra |= {"flop_per_step": amount, "peak": peak}
+        work |= {"image": list(request.size), "proposals": "fixed", "mask_head_rois": rois["mask_head"][0]}
     return {
         "name": case_name(request, name),
         "kind": request.kind,
@@ -228,7 +314,9 @@ def case(request: Request, name: SideName, side: Side, parts: list[tuple], peak:
         "warmup": request.warmup,
         "work": work,
         "metrics": metrics,
-        **extra,
+        "peak": peak,
+        "losses": side.read_losses(),
+        "clocks": [part.clocks for part in parts],
     }
 
 
@@ -237,14 +325,6 @@ def case_name(request: Request, name: SideName) -> str:
     peer = "" if name.system == "ours" else f"{name.system} " + ("channels-last " if name.channels_last else "")
     body = request.cfg.MODEL.BACKBONE.CONV_BODY
     return f"{request.kind} {peer}{body} {size}batch {request.batch} {name.dtype} {request.data}"
-
-
-def step_flops(request: Request, in_mask_head: int) -> float:
-    """FLOP of a step over all ranks, at the padded size."""
-    multiple = max(1, request.cfg.DATALOADER.SIZE_DIVISIBILITY)
-    size = tuple(-(-side // multiple) * multiple for side in request.size)
-    count = flops.training_flops if request.training else flops.inference_flops
-    return count(request.cfg, size).of(request.batch, in_mask_head)
 
 
 def ratios(names: list[SideName], samples: Mapping[str, Samples]) -> list[dict[str, Any]]:
@@ -283,20 +363,23 @@ def summary(result: dict[str, Any]) -> list[str]:
         step, work = metrics["step_ms"], entry["work"]
         phases = [name for name in metrics if name.endswith("_ms") and name != "step_ms"]
         parts = [f"{name.removesuffix('_ms')} {value[name]:.1f}" for name in phases]
-        mfu = ""
-        if "mfu" in value:
-            mfu = f", {value['mfu']:.1%} of {entry['peak']['tflops']:.2f} TFLOP/s ({entry['peak']['source']})"
+        mfu = f"{value['mfu']:.1%} of {entry['peak']['tflops']:.2f} TFLOP/s ({entry['peak']['source']})"
+        disturbed = environment.disturbances(*entry["clocks"][0])
         lines += [
             entry["name"] + ("" if work["constant"] else ": the work is not constant, it follows the images"),
             f"  step {step['p50']:.1f} ms, p90 {step['p90']:.1f}, p99 {step['p99']:.1f}; {len(step['samples'])} steps,"
             f" {entry['warmup']} before them left out",
             f"  {value['images_per_second']:.3f} images/s, {value['images_per_second_per_device']:.3f} a device;"
-            f" {value['data_wait_share']:.1%} of the time waiting for data{mfu}",
+            f" {value['data_wait_share']:.1%} of the time waiting for data, {mfu}",
             f"  by phase, ms: {'  '.join(parts)}",
             f"  peak memory {value.get('max_memory_mb', float('nan')):.0f} MB; init {value['init_seconds']:.1f} s,"
             f" first step {value['compile_seconds']:.1f} s; {work['trainable_parameters']} trainable parameters;"
             f" RoIs in the mask head: {value['mask_head_rois']:g}",
         ]
+        if "exposed_evaluation_seconds" in value:
+            lines.append(f"  then {value['exposed_evaluation_seconds']:.3f} s of evaluation, which nothing overlaps")
+        if disturbed:
+            lines.append(f"  meanwhile the machine was disturbed: {disturbed}")
     for row in result["ratios"]:
         low, high = row["interval"]
         lines.append(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from ..device import get_device
 from ..errors import UserError
 from ..evaluation.coco import evaluate
 from .cases import random_boxes
@@ -77,16 +78,22 @@ def run(images: int, detections: int, engines: Sequence[str], repeats: int, warm
             import hotcoco  # noqa: F401  (evaluate would let pycocotools serve in its place)
         except ImportError as error:
             raise UserError(f"--engine hotcoco: it is not here ({error}); pip install hotcoco") from None
+    device, started = get_device("cpu"), time.perf_counter()
     truth, results = synthetic(images, detections)
+    init = time.perf_counter() - started
     samples: dict[tuple[str, str], list[float]] = {(task, engine): [] for task in TASKS for engine in engines}
+    memory = dict.fromkeys(samples, 0.0)
     scores: dict[tuple[str, str], dict[str, Any]] = {}
+    clocks = [device.clocks()]
     with quiet_garbage_collector():
-        for number in range(warmup + repeats):
+        for _ in range(warmup + repeats):
             for (task, engine), seconds in samples.items():
+                device.reset_peak_memory()
                 started = time.perf_counter()
                 scores[task, engine] = evaluate(truth, results, (task,), engine)[task]
-                if number >= warmup:
-                    seconds.append(time.perf_counter() - started)
+                seconds.append(time.perf_counter() - started)
+                memory[task, engine] = max(memory[task, engine], device.max_memory_mb())
+    clocks.append(device.clocks())
     for task in TASKS:
         check_same(task, {engine: scores[task, engine] for engine in engines})
     return [
@@ -99,9 +106,13 @@ def run(images: int, detections: int, engines: Sequence[str], repeats: int, warm
             "work": {"images": images, "detections": len(results), "objects": len(truth["annotations"])},
             "scores": {name: scores[task, engine][name] for name in ("AP", "AP50", "AR100")},
             "metrics": {
-                "eval_seconds": metric(seconds, "s"),
-                "images_per_second": metric([images / value for value in seconds], "images/s", "higher", gate=False),
+                "eval_seconds": metric(seconds[warmup:], "s"),
+                "images_per_second": metric([images / s for s in seconds[warmup:]], "images/s", "higher", gate=False),
+                "max_memory_mb": metric([memory[task, engine]], "MB", gate=False),
+                "init_seconds": metric([init], "s", gate=False),
+                "compile_seconds": metric(seconds[:1], "s", gate=False),
             },
+            "clocks": [clocks],
         }
         for (task, engine), seconds in samples.items()
     ]
@@ -120,5 +131,5 @@ def summary(case: dict[str, Any]) -> list[str]:
     seconds, rate = (case["metrics"][name] for name in ("eval_seconds", "images_per_second"))
     return [
         f"{case['name']}: {seconds['p50']:.3f} s (p90 {seconds['p90']:.3f}), {rate['p50']:.0f} images/s,"
-        f" AP {case['scores']['AP']:.4f}"
+        f" peak memory {case['metrics']['max_memory_mb']['p50']:.0f} MB, AP {case['scores']['AP']:.4f}"
     ]

@@ -31,7 +31,12 @@ LEARNING_RATE = 1e-3
 
 @dataclass
 class Side:
-    """One side. losses: of each training step, by name, on the device. found: what the last inference step gave."""
+    """One side.
+
+    losses, sizes: of each step, warm-up included: of training, by name, on the device; (height, width) of the padded
+    images. found: what the last inference step gave; results: the same of ours by image ids, for all steps. truth: COCO
+    ground truth to score them by.
+    """
 
     name: str
     dtype: torch.dtype
@@ -39,16 +44,14 @@ class Side:
     phases: Phases = field(default_factory=dict)
     counts: RoICounts = field(default_factory=RoICounts)
     losses: list[dict[str, Tensor]] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     found: Any = None
+    results: dict[tuple[int, ...], list[dict[str, Any]]] = field(default_factory=dict)
+    truth: dict[str, Any] | None = None
     init_seconds: float = 0.0
 
     def trainable_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-
-    def forget(self) -> None:
-        """What was computed so far does not count."""
-        for record in (self.counts.sampled, self.counts.mask_head, self.losses):
-            record.clear()
 
     def read_losses(self) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in sorted(losses.items())} for losses in self.losses]
@@ -78,6 +81,7 @@ def training_side(
     parallel = parallelize(model, device)
 
     def forward(batch: tuple[ImageBatch, Any]) -> dict[str, Tensor]:
+        side.sizes.append(tuple(batch[0].pixels.shape[-2:]))
         with device.autocast(dtype):
             return parallel(*batch)
 
@@ -106,29 +110,37 @@ def training_phases(cfg: CfgNode, device: Device, side: Side, forward) -> Phases
 
 
 def inference_side(
-    cfg: CfgNode, device: Device, dtype: torch.dtype, batches: Batches, proposals: Proposals | None = None
+    cfg: CfgNode,
+    device: Device,
+    dtype: torch.dtype,
+    batches: Batches,
+    truth: dict[str, Any],
+    proposals: Proposals | None = None,
 ) -> Side:
     """Ours, from a batch on the device to COCO results, masks as RLE: with these proposals and tamed weights; without,
     with those that the model makes and MODEL.WEIGHT, or weights tamed on the first batch where that is empty."""
     started = time.perf_counter()
     trained = proposals is None and bool(cfg.MODEL.WEIGHT)
     model = fresh_model(cfg, device, None if trained else next(batches)[0])
-    side = Side("ours", dtype, model)
+    side = Side("ours", dtype, model, truth=truth)
     if proposals is not None:
         hold_proposals(model, proposals)
     elif trained:
         load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE)
     model.eval()
-    category_ids = list(range(1, cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES))
+    category_ids = [category["id"] for category in truth["categories"]]
     threshold = cfg.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD
 
     @torch.no_grad()
     def forward(batch: tuple[ImageBatch, Any]) -> tuple:
+        side.sizes.append(tuple(batch[0].pixels.shape[-2:]))
         with device.autocast(dtype):
             return model(batch[0]), batch[0]
 
     def post_processing(detected: tuple) -> None:
-        side.found = detections_to_coco(detected[0].to("cpu"), detected[1], category_ids, threshold)
+        detections, images = detected
+        side.found = detections_to_coco(detections.to("cpu"), images, category_ids, threshold)
+        side.results[tuple(images.image_ids)] = side.found
         side.counts.mask_head.append(len(side.found))
 
     side.phases = {DATA: lambda _: next(batches), "forward": forward, "post_processing": post_processing}

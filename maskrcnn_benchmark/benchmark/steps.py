@@ -9,13 +9,13 @@ Two passes, since waiting for the device between phases would slow down what the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..device import Device
 from .results import metric
-from .timing import quiet_garbage_collector
+from .timing import quiet_garbage_collector, slowest
 
 # The phases of a step in order; each is given what the one before it returned, the first one None.
 Phases = Mapping[str, Callable[[Any], Any]]
@@ -43,14 +43,26 @@ class Samples:
     phases: dict[str, list[float]] = field(default_factory=dict)
 
 
+def first_steps(sides: Mapping[str, Phases], device: Device) -> dict[str, float]:
+    """Milliseconds of the very first step of every side."""
+    return {name: sum(by_phase(phases, device).values()) for name, phases in sides.items()}
+
+
 def measure(
-    sides: Mapping[str, Phases], device: Device, warmup: int, steps: int, phase_steps: int
+    sides: Mapping[str, Phases],
+    device: Device,
+    warmup: int,
+    steps: int,
+    phase_steps: int,
+    first: Mapping[str, float] | None = None,
 ) -> dict[str, Samples]:
-    """Both passes over every side. `warmup` steps a side come first and are left out, at least one: the first step."""
-    samples = {name: Samples(phases={phase: [] for phase in phases}) for name, phases in sides.items()}
+    """Both passes over every side. `warmup` steps a side come first and are left out, at least one: the first step.
+
+    first: what first_steps gave, where it has been called already.
+    """
     with quiet_garbage_collector():
-        for name, phases in sides.items():
-            samples[name].first = sum(by_phase(phases, device).values())
+        first = first or first_steps(sides, device)
+        samples = {name: Samples(first[name], phases={phase: [] for phase in sides[name]}) for name in sides}
         for _ in range(warmup - 1):
             for phases in sides.values():
                 whole(phases)
@@ -105,11 +117,7 @@ def by_phase(phases: Phases, device: Device) -> dict[str, float]:
 
 
 def over_ranks(parts: Sequence[Samples]) -> Samples:
-    """The slowest rank of each step: the others wait for it."""
-
-    def slowest(lists: Iterable[list[float]]) -> list[float]:
-        return [max(values) for values in zip(*lists)]
-
+    """The slowest rank of each step and phase."""
     return Samples(
         first=max(part.first for part in parts),
         step=slowest(part.step for part in parts),

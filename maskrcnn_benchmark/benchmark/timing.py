@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +86,11 @@ def quiet_garbage_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def slowest(ranks: Iterable[Sequence[float]]) -> list[float]:
+    """Of each sample the slowest rank's: the others wait for it."""
+    return [max(values) for values in zip(*ranks)]
 
 
 def percentile(samples: Sequence[float], q: float) -> float:

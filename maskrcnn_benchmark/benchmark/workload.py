@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,6 +111,28 @@ def draw_sample(number: int, size: tuple[int, int], objects: int) -> Sample:
             offsets_of(np.array([len(parts) for _, parts in shapes])),
         ),
     )
+
+
+def ground_truth(cfg: CfgNode, samples: list[Sample]) -> dict[str, Any]:
+    """In COCO's form, with as many categories as the model knows; a category's id is its label."""
+    objects = [(sample, number) for sample in samples for number in range(len(sample.boxes))]
+    annotations = [
+        {
+            "id": place + 1,
+            "image_id": sample.image_id,
+            "category_id": int(sample.labels[number]),
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "segmentation": [points.ravel().tolist() for points in sample.polygons.of(number)],
+            "iscrowd": 0,
+        }
+        for place, (sample, number) in enumerate(objects)
+        for x1, y1, x2, y2 in [sample.boxes[number].tolist()]
+    ]
+    return {
+        "images": [{"id": sample.image_id, "height": sample.size[0], "width": sample.size[1]} for sample in samples],
+        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES)],
+        "annotations": annotations,
+    }
 
 
 def propose(sample: Sample, positives: int, negatives: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from . import linux
 from .base import Device
 
 
@@ -61,14 +62,13 @@ class CpuDevice(Device):
             Path("/proc/self/clear_refs").write_text("5")
 
     def clocks(self) -> dict[str, Any]:
-        """mhz: mean over the cores, from Linux. throttled: how often they were throttled for heat since the start."""
-        file = Path("/proc/cpuinfo")
-        rates = re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", file.read_text(), re.MULTILINE) if file.exists() else []
-        counts = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
-        throttled = [int(count.read_text()) for count in counts]
+        """From Linux: mhz now, and since the machine's start what took time away, see linux.py."""
         return {
-            "mhz": sum(map(float, rates)) / len(rates) if rates else None,
-            "throttled": sum(throttled) if throttled else None,
+            "mhz": linux.mhz(),
+            "heat_throttles": linux.heat_throttles(),
+            "quota_throttled_ms": linux.quota_throttled_ms(),
+            "stolen_ms": linux.stolen_ms(),
+            "contended_ms": linux.contended_ms(),
         }
 
     def event(self) -> HostEvent:

@@ -11,19 +11,29 @@ import torch
 from ..errors import DeviceError
 from .base import Device
 
+CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "driver_version")
+# The second is its name in drivers before 535
+THROTTLING = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+
 
 @dataclass(frozen=True)
 class CudaDevice(Device):
     def clocks(self) -> dict[str, Any]:
         """What nvidia-smi says, by its own names; nothing where it cannot be run."""
-        names = "clocks.sm,clocks.mem,clocks_throttle_reasons.active,temperature.gpu,power.draw"
-        which = f"--id={torch.cuda.get_device_properties(self.torch_device).uuid}"
-        question = ["nvidia-smi", which, f"--query-gpu={names}", "--format=csv,noheader"]
+        return nvidia_smi(f"GPU-{torch.cuda.get_device_properties(self.torch_device).uuid}")
+
+
+def nvidia_smi(gpu: str) -> dict[str, str]:
+    """gpu: its UUID."""
+    for reasons in THROTTLING:
+        names = (*CLOCKS, reasons)
+        question = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
         try:
             answer = subprocess.run(question, capture_output=True, text=True, timeout=30, check=True).stdout
         except (OSError, subprocess.SubprocessError):
-            return {}
-        return dict(zip(names.split(","), (value.strip() for value in answer.split(","))))
+            continue
+        return dict(zip(names, (value.strip() for value in answer.split(","))))
+    return {}
 
 
 def create(index: int | None) -> Device:

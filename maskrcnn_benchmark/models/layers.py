@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..ops.convolution import conv2d
 
 Norm = Callable[[int], nn.Module]
 
@@ -83,7 +84,14 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
         return norm(conv(x))
     scale, shift = norm.scale_and_shift()
     weight = conv.weight * scale[:, None, None, None]
-    return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d by the fastest kernel at hand. Zero padding only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def group_norm(groups: int, channels_per_group: int, eps: float) -> Norm:
@@ -106,7 +114,7 @@ def conv(
 ) -> nn.Module:
     """A same-size convolution; with a norm or ReLU a Sequential, so that parameters are named `0.weight`, `1.weight`
     as in maskrcnn-benchmark. The default initialisation is Caffe2's XavierFill."""
-    layer = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=norm is None)
+    layer = Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=norm is None)
     init(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

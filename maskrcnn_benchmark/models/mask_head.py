@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import masks
 from ..structures import BitmapBatch, Detections, PolygonBatch, Targets, flatten_valid
-from .box_head import SampledRoIs, image_index_of, of_class, unflatten
+from .box_head import SampledRoIs, image_index_of, unflatten
 from .layers import Norm, conv, init_he
 from .roi_pool import RoIPool
 
@@ -32,7 +32,12 @@ class ConvFeatureExtractor(nn.Module):
 
 
 class MaskPredictor(nn.Module):
-    """Doubles the resolution and predicts a map a class: [R, C, S, S] -> [R, classes, 2S, 2S] logits."""
+    """Doubles the resolution and predicts the map of one class a RoI: [R, C, S, S] -> [R, 2S, 2S] logits.
+
+    The windows of a transposed convolution of kernel 2 and stride 2 do not overlap, so it is a 1x1 convolution to four
+    times the channels. The last 1x1 convolution is evaluated for the wanted class alone, not for all 81: together half
+    the time of the two layers as they stand, and 1/81 of the logits.
+    """
 
     def __init__(self, in_channels: int, hidden: int, classes: int) -> None:
         super().__init__()
@@ -42,8 +47,17 @@ class MaskPredictor(nn.Module):
             init_he(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mask_fcn_logits(F.relu_(self.conv5_mask(x)))
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        """label [R] int64: the class of each RoI; where there are fewer maps than classes, the last serves the rest."""
+        last, upsample = self.mask_fcn_logits, self.conv5_mask
+        quarters = upsample.weight.permute(2, 3, 1, 0).flatten(0, 2)[..., None, None]
+        x = F.relu_(F.conv2d(x, quarters, upsample.bias.repeat(4)))
+        label = label.clamp(max=last.out_channels - 1)
+        weight, bias = (parameter.flatten(1)[label].to(x.dtype) for parameter in (last.weight, last.bias[:, None]))
+        pixels = x.permute(0, 2, 3, 1).reshape(len(x), 4 * x.shape[2] * x.shape[3], last.in_channels)
+        logits = torch.baddbmm(bias[:, None], pixels, weight[..., None])
+        logits = logits.view(len(x), *x.shape[2:], 4).permute(0, 3, 1, 2)
+        return F.pixel_shuffle(logits, 2).squeeze(1)
 
 
 class MaskHead(nn.Module):
@@ -73,9 +87,9 @@ class MaskHead(nn.Module):
         self.positives_per_image = positives_per_image
         self.compact = compact
 
-    def forward(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
-        """boxes [R, 4] -> logits [R, classes, M, M]."""
-        return self.predictor(self.feature_extractor(self.pool(features, boxes, image_index)))
+    def forward(self, features: list[Tensor], boxes: Tensor, image_index: Tensor, label: Tensor) -> Tensor:
+        """boxes [R, 4] -> logits [R, M, M] of each box's class."""
+        return self.predictor(self.feature_extractor(self.pool(features, boxes, image_index)), label)
 
     def losses(self, features: list[Tensor], chosen: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
         """Binary cross entropy of the map of each positive's class, mean over pixels and positives."""
@@ -89,10 +103,10 @@ class MaskHead(nn.Module):
         _, weight, (box, image, label, instance, row) = flatten_valid(positive, fields, self.compact)
         if self.share_features:
             # rows rise, and in a compacted batch some are missing: find each positive among them
-            logits = self.predictor(chosen.features[torch.searchsorted(chosen.rows, row)])
+            logits = self.predictor(chosen.features[torch.searchsorted(chosen.rows, row)], label)
         else:
-            logits = self(features, box, image)
-        logits = of_class(logits, label).float()
+            logits = self(features, box, image, label)
+        logits = logits.float()
         with torch.no_grad():
             wanted = self.targets(targets.masks, instance, box, logits.shape[-1])
         loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=(1, 2))
@@ -109,7 +123,6 @@ class MaskHead(nn.Module):
         """`detections` with masks [B, D, M, M], probabilities of each one's class."""
         fields = (detections.boxes, image_index_of(detections.valid), detections.labels)
         rows, _, (box, image, label) = flatten_valid(detections.valid, fields, self.compact)
-        logits = self(features, box, image)
-        probability = of_class(logits, label).float().sigmoid()
+        probability = self(features, box, image, label).float().sigmoid()
         detections.masks = unflatten(rows, probability, detections.valid.shape)
         return detections

@@ -10,7 +10,7 @@ from ..ops import box_coder, matching, nms
 from ..ops.proposals import WEIGHTS, decode_and_clip
 from ..structures import Proposals, Targets
 from .anchors import AnchorGenerator
-from .layers import normal_layer
+from .layers import Conv2d, normal_layer
 from .sampling import sample
 
 
@@ -20,7 +20,7 @@ class RPNHead(nn.Module):
     def __init__(self, in_channels: int, anchors_per_position: int, conv_channels: int = 0) -> None:
         super().__init__()
         channels = conv_channels or in_channels
-        self.conv = normal_layer(nn.Conv2d(in_channels, channels, 3, padding=1), 0.01)
+        self.conv = normal_layer(Conv2d(in_channels, channels, 3, padding=1), 0.01)
         self.cls_logits = normal_layer(nn.Conv2d(channels, anchors_per_position, 1), 0.01)
         self.bbox_pred = normal_layer(nn.Conv2d(channels, anchors_per_position * 4, 1), 0.01)
 

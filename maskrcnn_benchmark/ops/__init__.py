@@ -7,6 +7,7 @@ built, serves faster kernels for the devices it knows. See `library` for the cho
 from . import (
     box_coder,
     boxes,
+    convolution,
     deform_conv,
     distance_nms,
     focal_loss,
@@ -24,6 +25,7 @@ load_extension()
 __all__ = [
     "box_coder",
     "boxes",
+    "convolution",
     "deform_conv",
     "distance_nms",
     "focal_loss",

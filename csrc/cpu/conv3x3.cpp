@@ -1,0 +1,501 @@
+// 3x3 convolution of stride 1 and padding 1 by minimal filtering, F(2x2, 3x3) of Winograd as in Lavin and Gray 2016: a
+// tile of 2x2 outputs takes 16 multiplications a pair of channels instead of 36. Input tiles of 4x4, weights and, for
+// the weights' gradient, output tiles are transformed, 16 matrix products multiply them, and a last transform gives
+// outputs or weights. All coefficients are 0, 1, -1 and 1/2, so float32 loses no digit to speak of; of bfloat16 only
+// what is multiplied is rounded, sums are float32.
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "../common.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#include <immintrin.h>
+
+namespace maskrcnn_benchmark {
+namespace {
+
+using at::BFloat16;
+
+constexpr int64_t kPoints = 16; // of a transformed tile, 4x4
+constexpr int64_t kLanes = 16; // float32 values of a vector
+constexpr int64_t kColumns = 2 * kLanes; // of a product that are made at a time,
+constexpr int64_t kRows = 8; // by so many rows: 16 vectors of sums
+constexpr int64_t kBlock = 64; // tiles whose outputs a thread makes at a time: they stay in its second-level cache
+constexpr int64_t kChunk = 256; // tiles that the weights' gradient takes at a time
+
+// Values that one 32-bit word of a product's factors holds: two bfloat16 are multiplied by one instruction.
+template <typename T>
+constexpr int64_t kPacked = 4 / sizeof(T);
+
+// From the values of one point to those of the next: a cache line more than they are. Powers of two apart, the 16 values
+// that a transform writes fall into one set of the cache: the weights' gradient took up to 40% longer.
+template <typename T>
+constexpr int64_t apart(int64_t values) {
+  return values + 64 / sizeof(T);
+}
+
+struct Grid {
+  int64_t batch, channels, height, width;
+
+  explicit Grid(const Tensor& map) : batch(map.size(0)), channels(map.size(1)), height(map.size(2)), width(map.size(3)) {}
+
+  int64_t rows() const {
+    return (height + 1) / 2;
+  }
+  int64_t columns() const {
+    return (width + 1) / 2;
+  }
+  int64_t tiles() const {
+    return batch * rows() * columns();
+  }
+};
+
+// Aligned to a cache line, not initialised.
+template <typename T>
+std::unique_ptr<T[], decltype(&std::free)> scratch(int64_t size) {
+  const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
+  return {static_cast<T*>(std::aligned_alloc(64, bytes)), &std::free};
+}
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+
+using Vector = __m512;
+using Tile = std::array<std::array<Vector, 4>, 4>;
+
+inline Vector load(const float* from) {
+  return _mm512_loadu_ps(from);
+}
+
+inline Vector load(const BFloat16* from) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+inline void store(float* to, Vector values) {
+  _mm512_storeu_ps(to, values);
+}
+
+inline void store(BFloat16* to, Vector values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+// Words for a product's factor: a value of `low` each, with bfloat16 a value of `high` in the upper half.
+inline void store_words(float* to, Vector low, Vector) {
+  _mm512_storeu_ps(to, low);
+}
+
+inline void store_words(BFloat16* to, Vector low, Vector high) {
+  const __m512i lower = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
+  const __m512i upper = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
+  _mm512_storeu_si512(to, _mm512_or_si512(lower, _mm512_slli_epi32(upper, 16)));
+}
+
+inline Vector multiply_add(float, const float* word, Vector b, Vector sum) {
+  return _mm512_fmadd_ps(_mm512_set1_ps(*word), b, sum);
+}
+
+inline Vector multiply_add(BFloat16, const float* word, Vector b, Vector sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_ps(*word), (__m512bh)b);
+}
+
+// kRows x kColumns of a product: c[i][j] = sum over k of a[i][k] b[k][j], to c or added to it. Factors are words.
+template <typename T, bool add>
+inline void product(
+    const T* a_values, int64_t a_row, int64_t a_step, const T* b_values, int64_t b_step, int64_t depth, float* c, int64_t c_row) {
+  const float* a = reinterpret_cast<const float*>(a_values);
+  const float* b = reinterpret_cast<const float*>(b_values);
+  Vector sums[kRows][2];
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < kRows; ++i) {
+    sums[i][0] = add ? _mm512_loadu_ps(c + i * c_row) : _mm512_setzero_ps();
+    sums[i][1] = add ? _mm512_loadu_ps(c + i * c_row + kLanes) : _mm512_setzero_ps();
+  }
+  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
+    const Vector b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + kLanes);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kRows; ++i) {
+      sums[i][0] = multiply_add(T(), a + i * a_row, b0, sums[i][0]);
+      sums[i][1] = multiply_add(T(), a + i * a_row, b1, sums[i][1]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < kRows; ++i) {
+    _mm512_storeu_ps(c + i * c_row, sums[i][0]);
+    _mm512_storeu_ps(c + i * c_row + kLanes, sums[i][1]);
+  }
+}
+
+// B^T d B: of a 4x4 tile of the input.
+inline void transform_input(Tile& d) {
+  for (int pass = 0; pass < 2; ++pass) {
+    Tile t;
+    for (int j = 0; j < 4; ++j) {
+      t[j][0] = d[0][j] - d[2][j];
+      t[j][1] = d[1][j] + d[2][j];
+      t[j][2] = d[2][j] - d[1][j];
+      t[j][3] = d[1][j] - d[3][j];
+    }
+    d = t; // transposed: the second pass works on the other axis and turns it back
+  }
+}
+
+// A dY A^T: of a 2x2 tile of the output's gradient, in the upper left corner.
+inline void transform_gradient(Tile& d) {
+  Tile t;
+  for (int j = 0; j < 2; ++j) {
+    t[j] = {d[0][j], d[0][j] + d[1][j], d[0][j] - d[1][j], -d[1][j]};
+  }
+  for (int j = 0; j < 4; ++j) {
+    d[j] = {t[0][j], t[0][j] + t[1][j], t[0][j] - t[1][j], -t[1][j]};
+  }
+}
+
+// A^T m A: the 2x2 outputs of a tile, to the upper left corner.
+inline void transform_output(Tile& m) {
+  Tile t;
+  for (int j = 0; j < 4; ++j) {
+    t[0][j] = m[0][j] + m[1][j] + m[2][j];
+    t[1][j] = m[1][j] - m[2][j] - m[3][j];
+  }
+  for (int i = 0; i < 2; ++i) {
+    m[i][0] = t[i][0] + t[i][1] + t[i][2];
+    m[i][1] = t[i][1] - t[i][2] - t[i][3];
+  }
+}
+
+// Where the pixels of a tile lie: size x size of them, those outside the map among zeros.
+template <typename T, int size>
+struct Pixels {
+  std::array<T*, size * size> at;
+
+  // first: of the tile's first pixel from that of its outputs, 0 or -1.
+  Pixels(T* map, const Grid& grid, int64_t tile, int64_t first, T* outside) {
+    const int64_t x = tile % grid.columns() * 2 + first, y = tile / grid.columns() % grid.rows() * 2 + first;
+    T* image = map + tile / grid.columns() / grid.rows() * grid.height * grid.width * grid.channels;
+    for (int64_t i = 0; i < size; ++i) {
+      for (int64_t j = 0; j < size; ++j) {
+        const bool exists = y + i >= 0 && y + i < grid.height && x + j >= 0 && x + j < grid.width;
+        at[i * size + j] = exists ? image + ((y + i) * grid.width + x + j) * grid.channels : outside;
+      }
+    }
+  }
+};
+
+// ---- outputs
+
+// The transformed tiles first..first + kBlock as rows: [kPoints, kBlock, channels]; zeros after the last.
+template <typename T>
+void input_rows(const T* map, const Grid& grid, int64_t first, const T* zeros, T* rows) {
+  const int64_t stride = apart<T>(kBlock * grid.channels);
+  for (int64_t row = 0; row < kBlock; ++row) {
+    if (first + row >= grid.tiles()) {
+      for (int64_t point = 0; point < kPoints; ++point) {
+        std::memset(rows + point * stride + row * grid.channels, 0, grid.channels * sizeof(T));
+      }
+      continue;
+    }
+    const Pixels<const T, 4> pixels(map, grid, first + row, -1, zeros);
+    for (int64_t channel = 0; channel < grid.channels; channel += kLanes) {
+      Tile tile;
+      for (int64_t i = 0; i < kPoints; ++i) {
+        tile[i / 4][i % 4] = load(pixels.at[i] + channel);
+      }
+      transform_input(tile);
+      for (int64_t i = 0; i < kPoints; ++i) {
+        store(rows + i * stride + row * grid.channels + channel, tile[i / 4][i % 4]);
+      }
+    }
+  }
+}
+
+// Outputs of the tiles first..first + kBlock, kColumns channels of them, from [kPoints, kBlock, kColumns] products.
+template <typename T>
+void write_outputs(const float* products, const Grid& grid, int64_t first, const float* bias, T* map, T* outside) {
+  for (int64_t row = 0; row < std::min(kBlock, grid.tiles() - first); ++row) {
+    const Pixels<T, 2> pixels(map, grid, first + row, 0, outside);
+    for (int64_t channel = 0; channel < kColumns; channel += kLanes) {
+      Tile tile;
+      for (int64_t i = 0; i < kPoints; ++i) {
+        tile[i / 4][i % 4] = load(products + i * apart<float>(kBlock * kColumns) + row * kColumns + channel);
+      }
+      transform_output(tile);
+      const Vector added = load(bias + channel);
+      for (int64_t i = 0; i < 4; ++i) {
+        store(pixels.at[i] + (pixels.at[i] == outside ? 0 : channel), tile[i / 2][i % 2] + added);
+      }
+    }
+  }
+}
+
+// Tiles first..first + kBlock of all outputs. weights: words [outputs / kColumns, kPoints, inputs / packed, kColumns].
+template <typename T>
+void convolve_block(
+    const T* input, const Grid& in, const T* weights, const float* bias, T* output, const Grid& out, int64_t first, T* rows, float* products) {
+  const std::vector<T> zeros(in.channels, T(0));
+  std::array<T, kLanes> outside;
+  const int64_t depth = in.channels / kPacked<T>;
+  input_rows(input, in, first, zeros.data(), rows);
+  for (int64_t column = 0; column < out.channels; column += kColumns) {
+    const T* panel = weights + column / kColumns * kPoints * apart<T>(in.channels * kColumns);
+    for (int64_t point = 0; point < kPoints; ++point, panel += apart<T>(in.channels * kColumns)) {
+      for (int64_t row = 0; row < kBlock; row += kRows) {
+        product<T, false>(
+            rows + point * apart<T>(kBlock * in.channels) + row * in.channels, depth, 1, panel, kColumns, depth,
+            products + point * apart<float>(kBlock * kColumns) + row * kColumns, kColumns);
+      }
+    }
+    write_outputs(products, out, first, bias + column, output + column, outside.data());
+  }
+}
+
+// G g G^T of weights [3, 3, inputs, outputs], as convolve_block wants them. flip: the taps in reverse.
+template <typename T>
+void transform_weights(const float* weights, int64_t inputs, int64_t outputs, bool flip, T* words, int64_t begin, int64_t end) {
+  const Vector half = _mm512_set1_ps(0.5f);
+  for (int64_t input = begin; input < end; input += kPacked<T>) {
+    for (int64_t output = 0; output < outputs; output += kLanes) {
+      Tile transformed[2];
+      for (int64_t part = 0; part < kPacked<T>; ++part) {
+        Vector t[4][3];
+        for (int64_t j = 0; j < 3; ++j) {
+          Vector g[3];
+          for (int64_t i = 0; i < 3; ++i) {
+            const int64_t tap = flip ? 8 - (3 * i + j) : 3 * i + j;
+            g[i] = load(weights + (tap * inputs + input + part) * outputs + output);
+          }
+          const Vector outer = half * (g[0] + g[2]), inner = half * g[1];
+          t[0][j] = g[0], t[1][j] = outer + inner, t[2][j] = outer - inner, t[3][j] = g[2];
+        }
+        for (int64_t i = 0; i < 4; ++i) {
+          const Vector outer = half * (t[i][0] + t[i][2]), inner = half * t[i][1];
+          transformed[part][i] = {t[i][0], outer + inner, outer - inner, t[i][2]};
+        }
+      }
+      T* to = words + output / kColumns * kPoints * apart<T>(inputs * kColumns) + input * kColumns +
+          output % kColumns * kPacked<T>;
+      for (int64_t i = 0; i < kPoints; ++i) {
+        store_words(to + i * apart<T>(inputs * kColumns), transformed[0][i / 4][i % 4], transformed[kPacked<T> - 1][i / 4][i % 4]);
+      }
+    }
+  }
+}
+
+// ---- the weights' gradient
+
+// Transformed tiles as words, the factors of products that sum over tiles: [kPoints, channels / kColumns,
+// kChunk / packed, kColumns]. chunk: the first tile; begin, end: which of the chunk are made, zeros after the last.
+// size: 4 for the input, 2 for the output's gradient.
+template <typename T, int size>
+void tile_words(const T* map, const Grid& grid, int64_t chunk, int64_t begin, int64_t end, const T* zeros, T* words) {
+  for (int64_t place = begin; place < end; place += kPacked<T>) {
+    std::array<std::array<const T*, size * size>, kPacked<T>> pixels;
+    for (int64_t part = 0; part < kPacked<T>; ++part) {
+      const int64_t tile = chunk + place + part;
+      if (tile < grid.tiles()) {
+        pixels[part] = Pixels<const T, size>(map, grid, tile, size == 4 ? -1 : 0, zeros).at;
+      } else {
+        pixels[part].fill(zeros);
+      }
+    }
+    for (int64_t channel = 0; channel < grid.channels; channel += kLanes) {
+      Tile tiles[kPacked<T>];
+      for (int64_t part = 0; part < kPacked<T>; ++part) {
+        for (int64_t i = 0; i < size * size; ++i) {
+          tiles[part][i / size][i % size] = load(pixels[part][i] + channel);
+        }
+        if constexpr (size == 4) {
+          transform_input(tiles[part]);
+        } else {
+          transform_gradient(tiles[part]);
+        }
+      }
+      T* to = words + channel / kColumns * kColumns * kChunk + place * kColumns + channel % kColumns * kPacked<T>;
+      for (int64_t i = 0; i < kPoints; ++i) {
+        store_words(to + i * apart<T>(grid.channels * kChunk), tiles[0][i / 4][i % 4], tiles[kPacked<T> - 1][i / 4][i % 4]);
+      }
+    }
+  }
+}
+
+// sums [outputs, inputs] of one point += gradients^T inputs, kColumns outputs of them. depth: words of each panel.
+template <typename T>
+void add_products(const T* gradients, const T* inputs, int64_t input_count, int64_t depth, float* sums) {
+  for (int64_t input = 0; input < input_count; input += kColumns) {
+    for (int64_t row = 0; row < kColumns; row += kRows) {
+      product<T, true>(
+          gradients + row * kPacked<T>, 1, kColumns, inputs + input * kChunk, kColumns, depth,
+          sums + row * input_count + input, input_count);
+    }
+  }
+}
+
+// G^T m G of sums [kPoints, outputs, inputs]: the gradient [outputs, 3, 3, inputs], outputs begin..end of it.
+void transform_sums(const float* sums, int64_t outputs, int64_t inputs, int64_t begin, int64_t end, float* weights) {
+  const Vector half = _mm512_set1_ps(0.5f);
+  for (int64_t output = begin; output < end; ++output) {
+    for (int64_t input = 0; input < inputs; input += kLanes) {
+      Vector t[3][4];
+      for (int64_t j = 0; j < 4; ++j) {
+        Vector m[4];
+        for (int64_t i = 0; i < 4; ++i) {
+          m[i] = load(sums + ((4 * i + j) * outputs + output) * inputs + input);
+        }
+        const Vector middle = half * (m[1] + m[2]);
+        t[0][j] = m[0] + middle, t[1][j] = half * (m[1] - m[2]), t[2][j] = middle + m[3];
+      }
+      float* to = weights + output * 9 * inputs + input;
+      for (int64_t i = 0; i < 3; ++i) {
+        const Vector middle = half * (t[i][1] + t[i][2]);
+        store(to + 3 * i * inputs, t[i][0] + middle);
+        store(to + (3 * i + 1) * inputs, half * (t[i][1] - t[i][2]));
+        store(to + (3 * i + 2) * inputs, middle + t[i][3]);
+      }
+    }
+  }
+}
+
+#pragma GCC pop_options
+
+// ---- the operators
+
+// taps [3, 3, inputs, outputs], float32 and contiguous; input channels-last.
+template <typename T>
+Tensor convolve(const Tensor& input, const Tensor& taps, bool flip, const std::optional<Tensor>& bias) {
+  const Grid in(input);
+  const int64_t outputs = taps.size(3);
+  const Tensor output = with_huge_pages(
+      at::empty({in.batch, outputs, in.height, in.width}, input.options(), at::MemoryFormat::ChannelsLast));
+  const Grid out(output);
+  const auto words = scratch<T>(outputs / kColumns * kPoints * apart<T>(in.channels * kColumns));
+  at::parallel_for(0, in.channels / kPacked<T>, 8, [&](int64_t begin, int64_t end) {
+    transform_weights<T>(
+        taps.const_data_ptr<float>(), in.channels, outputs, flip, words.get(), begin * kPacked<T>, end * kPacked<T>);
+  });
+  const Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::zeros({outputs}, taps.options());
+  const int64_t blocks = (in.tiles() + kBlock - 1) / kBlock;
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const auto rows = scratch<T>(kPoints * apart<T>(kBlock * in.channels));
+    const auto products = scratch<float>(kPoints * apart<float>(kBlock * kColumns));
+    for (int64_t block = begin; block < end; ++block) {
+      convolve_block<T>(
+          input.const_data_ptr<T>(), in, words.get(), added.const_data_ptr<float>(), output.mutable_data_ptr<T>(), out,
+          block * kBlock, rows.get(), products.get());
+    }
+  });
+  return output;
+}
+
+// The gradient of the weights, float32 [outputs, 3, 3, inputs]. A sum has one owner, whatever the number of threads.
+template <typename T>
+Tensor weights_gradient(const Tensor& grad, const Tensor& input) {
+  const Grid in(input), out(grad);
+  const int64_t input_stride = apart<T>(in.channels * kChunk), gradient_stride = apart<T>(out.channels * kChunk);
+  const auto inputs = scratch<T>(kPoints * input_stride), gradients = scratch<T>(kPoints * gradient_stride);
+  const Tensor sums = at::zeros({kPoints, out.channels, in.channels}, input.options().dtype(at::kFloat));
+  const std::vector<T> zeros(std::max(in.channels, out.channels), T(0));
+  const int64_t panels = out.channels / kColumns;
+  for (int64_t chunk = 0; chunk < in.tiles(); chunk += kChunk) {
+    const int64_t depth = (std::min(kChunk, in.tiles() - chunk) + kPacked<T> - 1) / kPacked<T>;
+    at::parallel_for(0, depth, 4, [&](int64_t begin, int64_t end) {
+      begin *= kPacked<T>, end *= kPacked<T>;
+      tile_words<T, 4>(input.const_data_ptr<T>(), in, chunk, begin, end, zeros.data(), inputs.get());
+      tile_words<T, 2>(grad.const_data_ptr<T>(), out, chunk, begin, end, zeros.data(), gradients.get());
+    });
+    at::parallel_for(0, kPoints * panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t point = task / panels, output = task % panels * kColumns;
+        add_products<T>(
+            gradients.get() + point * gradient_stride + output * kChunk, inputs.get() + point * input_stride,
+            in.channels, depth, sums.mutable_data_ptr<float>() + (point * out.channels + output) * in.channels);
+      }
+    });
+  }
+  const Tensor result = at::empty({out.channels, 3, 3, in.channels}, sums.options());
+  at::parallel_for(0, out.channels, 1, [&](int64_t begin, int64_t end) {
+    transform_sums(
+        sums.const_data_ptr<float>(), out.channels, in.channels, begin, end, result.mutable_data_ptr<float>());
+  });
+  return result;
+}
+
+// Whether this is faster than torch's convolution. Of few tiles it is not: at 70 tiles of 256 channels the weights'
+// transform takes as long as the rest (2.1 ms to 1.7 ms; at 280 tiles 5.2 ms to 6.5 ms). AMX multiplies bfloat16 so fast
+// that the transforms would take longer than a direct convolution.
+bool serves(const Tensor& input, int64_t outputs) {
+  constexpr int64_t kLeastTiles = 192;
+  const bool narrow = input.scalar_type() == at::kBFloat16 && !__builtin_cpu_supports("amx-bf16");
+  return (narrow || input.scalar_type() == at::kFloat) && input.size(1) % kColumns == 0 && outputs % kColumns == 0 &&
+      Grid(input).tiles() >= kLeastTiles;
+}
+
+Tensor channels_last(const Tensor& map) {
+  return map.contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// taps: [3, 3, inputs, outputs], in any order of memory.
+Tensor convolve(const Tensor& input, const Tensor& taps, bool flip, const std::optional<Tensor>& bias) {
+  const Tensor x = channels_last(input), t = taps.to(at::kFloat).contiguous();
+  return x.scalar_type() == at::kFloat ? convolve<float>(x, t, flip, bias) : convolve<BFloat16>(x, t, flip, bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> direct_gradients(
+    const Tensor& grad, const Tensor& input, const Tensor& weight, std::array<bool, 3> mask) {
+  return at::convolution_backward(
+      grad, input, weight.to(grad.scalar_type()), std::nullopt, {1, 1}, {1, 1}, {1, 1}, false, {0, 0}, 1, mask);
+}
+
+// What torch asks for its shape and memory format alone.
+Tensor unread(at::IntArrayRef shape, const Tensor& like) {
+  return at::empty(shape, like.options(), at::MemoryFormat::ChannelsLast);
+}
+
+Tensor conv3x3(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  if (serves(input, weight.size(0))) {
+    return convolve(input, weight.permute({2, 3, 1, 0}), false, bias);
+  }
+  const auto b = bias ? std::optional(bias->to(input.scalar_type())) : std::nullopt;
+  return channels_last(
+      at::convolution(input, weight.to(input.scalar_type()), b, {1, 1}, {1, 1}, {1, 1}, false, {0, 0}, 1));
+}
+
+Tensor conv3x3_input_gradient(const Tensor& grad, const Tensor& weight) {
+  if (serves(grad, weight.size(1))) {
+    return convolve(grad, weight.permute({2, 3, 0, 1}), true, std::nullopt);
+  }
+  const Tensor input = unread({grad.size(0), weight.size(1), grad.size(2), grad.size(3)}, grad);
+  return channels_last(std::get<0>(direct_gradients(grad, input, weight, {true, false, false})));
+}
+
+Tensor conv3x3_weight_gradient(const Tensor& grad, const Tensor& input) {
+  if (serves(input, grad.size(1))) {
+    const Tensor upstream = channels_last(grad), x = channels_last(input);
+    const bool narrow = x.scalar_type() == at::kBFloat16;
+    const Tensor result = narrow ? weights_gradient<BFloat16>(upstream, x) : weights_gradient<float>(upstream, x);
+    return result.permute({0, 3, 1, 2});
+  }
+  const Tensor weight = unread({grad.size(1), input.size(1), 3, 3}, grad);
+  const Tensor result = std::get<1>(direct_gradients(grad, input, weight, {false, true, false}));
+  return channels_last(result.to(grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+  if (__builtin_cpu_supports("avx512bf16")) {
+    m.impl("conv3x3", TORCH_FN(conv3x3));
+    m.impl("conv3x3_input_gradient", TORCH_FN(conv3x3_input_gradient));
+    m.impl("conv3x3_weight_gradient", TORCH_FN(conv3x3_weight_gradient));
+  }
+}
+
+} // namespace maskrcnn_benchmark
+#endif
