@@ -101,7 +101,7 @@ def test_size_and_certainty_are_both_asked_for():
     assert judge(processes(*[100] * 8), certain_but_small, Limits(threshold=0.02))[0] == "regression"
     large_but_uncertain = processes(120, 121, 119, 122, 97, 98, 99, 150)
     _, _, finding = judge(processes(*STEADY), large_but_uncertain)
-    assert finding.verdict == "fine" and finding.change > 0.15 and finding.p > 0.002
+    assert finding.verdict == "unclear" and finding.change > 0.15 and finding.p > 0.002
 
 
 def test_throughput_that_falls_is_worse_by_the_time_it_costs():
@@ -160,6 +160,24 @@ def test_other_versions_and_local_changes_are_told():
     )
     assert judged.exit_code == 0
     assert "local changes" in judged.remarks[0] and "torch differs: was 2.13.0, is 2.14.0" in judged.remarks[1]
+
+
+def test_unlike_disturbance_is_told():
+    base, new = (result({"step_ms": processes(*STEADY)}) | {"others_cpu_share": share} for share in (0.02, 0.5))
+    assert (
+        "others used 2% of the machine's cores beside the base, 50% beside new" in compare.compare(base, new).remarks[0]
+    )
+    assert compare.compare(new, new).remarks == [] == compare.compare(base, base).remarks
+
+
+def test_a_key_that_only_one_build_knows_is_part_of_what_is_compared():
+    base, new = (result({"step_ms": processes(*STEADY)}) for _ in range(2))
+    base["cases"][0]["config"] = {"A.B": [1, 2], "OLD": 0}
+    new["cases"][0] |= {"config": {"A.B": [1, 2], "NEW": 0}, "config_sha256": "another"}
+    assert compare.compare(base, new).exit_code == 0
+    new["cases"][0]["config"]["A.B"] = [1, 3]
+    judged = compare.compare(base, new)
+    assert judged.exit_code == 2 and "A.B was [1, 2], is [1, 3]" in judged.findings[0].note
 
 
 def test_a_certain_regression_outweighs_what_could_not_be_compared():
@@ -324,7 +342,26 @@ def test_a_step_names_its_commit(tmp_path):
     assert (step.index, step.after.commit, step.before.commit) == (15, f"{15:040x}"[:12], f"{14:040x}"[:12])
     assert step.change == pytest.approx(0.08, abs=0.01) and step.p < 1e-5
     lines = history.describe(series)
-    assert "24 runs" in lines[0] and "worse at commit" in lines[1] and "after day" not in lines[1]
+    assert "24 runs, day 0 to day 23" in lines[0] and len(lines) == 3
+    assert lines[1].index("█") - 2 < 17 == lines[2].index("^")  # under the first run after the step
+    assert f"worse at commit {15:040x}"[:28] in lines[2]
+
+
+def test_the_first_run_after_a_step_may_be_the_nearest_to_those_before(tmp_path):
+    """Ranks alone would take it for one of them: 11 and 15 runs apart are less likely by chance than 10 and 16."""
+    path = tmp_path / "history.jsonl"
+    runs(path, [100] * 10 + [80] + [79] * 15)
+    (series,) = history.series(history.read(path))
+    assert [step.index for step in series.steps] == [10]
+
+
+def test_of_a_long_history_the_latest_runs_are_drawn(tmp_path):
+    path = tmp_path / "history.jsonl"
+    runs(path, [100 + number % 3 + 10 * (number >= 10) for number in range(100)])
+    (series,) = history.series(history.read(path))
+    lines = history.describe(series)
+    assert "100 runs, the last 80 drawn, day 20 to day 99" in lines[0] and len(lines[1].strip()) == 80
+    assert lines[2].startswith("  earlier: ") and "(day 10)" in lines[2]
 
 
 def test_two_steps_up_and_down(tmp_path):

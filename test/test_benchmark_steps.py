@@ -369,6 +369,14 @@ def test_the_loader_alone(cfg, shapes, monkeypatch):
     assert_slept_in(loading.run(cfg, get_device("cpu"), 6, 1)["metrics"], "collate_ms")
 
 
+def test_the_loader_on_drawn_images_is_the_same_work_each_time(cfg):
+    first, second = (loading.run_synthetic(cfg, get_device("cpu"), 1, 1, 5, (64, 96)) for _ in range(2))
+    assert first["work"] == {"data": "synthetic", "constant": True, "batch": 2, "images": 5, "image": [64, 96]}
+    assert first["name"] == "data synthetic 64x96 batch 2 workers 0"
+    for fact in ("work", "config_sha256", "config", "warmup"):
+        assert first[fact] == second[fact]  # the temporary place is not part of it
+
+
 def test_evaluation_with_both_engines():
     pytest.importorskip("hotcoco")
     cases = scoring.run(6, 20, scoring.ENGINES, repeats=2, warmup=0)

@@ -9,6 +9,7 @@ times every operator at the sizes of an 800 x 1344 training pair, ours and torch
   torchrun --nproc-per-node 8 tools/benchmark.py train --batch 16 --config-file configs/e2e_mask_rcnn_R_50_FPN_1x.yaml
   python tools/benchmark.py train --data real --config-file configs/quickstart.yaml DATA.PATH my_data
   python tools/benchmark.py data --config-file configs/quickstart.yaml DATA.PATH my_data      the loader alone
+  python tools/benchmark.py data --data synthetic --size 480x640                              the same on drawn images
   python tools/benchmark.py eval                                                              COCO evaluation alone
 
   python tools/benchmark.py run configs/benchmark/cpu_quick.yaml --out base.json      a suite, in fresh processes
@@ -160,7 +161,17 @@ def add_data(subparsers: argparse._SubParsersAction) -> None:
         description="Times the training loader of the configuration's data sets alone, with its worker processes; and"
         " its stages one by one in this process: read, transform, collate, copy to the device.",
     )
-    parser.add_argument("--config-file", required=True, metavar="YAML", help="names the data sets and transforms")
+    parser.add_argument(
+        "--config-file", metavar="YAML", help=f"names the data sets and transforms (default {peers.CONFIG})"
+    )
+    parser.add_argument(
+        "--data", choices=("synthetic", "real"), default="real", help="real: the configuration's data sets (default);"
+        " synthetic: drawn shapes, as large in every run",
+    )  # fmt: skip
+    parser.add_argument(
+        "--size", type=image_size, default="480x640", metavar="HxW", help="of synthetic images (default 480x640)"
+    )
+    parser.add_argument("--images", type=positive, default=64, metavar="N", help="synthetic ones (default 64)")
     parser.add_argument("--device", help="where the batches go; replaces MODEL.DEVICE")
     parser.add_argument("--batch", type=positive, default=16, metavar="N", help="images over all ranks (default 16)")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="measured batches (default 20)")
@@ -319,11 +330,15 @@ def run_step(args: argparse.Namespace) -> int:
 def run_data(args: argparse.Namespace) -> int:
     if args.out:
         require_directory("--out", args.out)
-    cfg = get_config(args.config_file, ["SOLVER.IMS_PER_BATCH", str(args.batch), *args.overrides, *ONE_BATCH])
+    overrides = ["SOLVER.IMS_PER_BATCH", str(args.batch), *args.overrides, *ONE_BATCH]
+    cfg = get_config(args.config_file or suites.ROOT / peers.CONFIG, overrides)
     device = get_device(args.device or cfg.MODEL.DEVICE)
     with distributed.process_group(device):
         result = started_result(device, distributed.world_size())
-        case = loading.run(cfg, device, args.steps, args.warmup)
+        if args.data == "synthetic":
+            case = loading.run_synthetic(cfg, device, args.steps, args.warmup, args.images, args.size)
+        else:
+            case = loading.run(cfg, device, args.steps, args.warmup)
     if case is not None:
         print("\n".join(loading.summary(case)), flush=True)
         if args.out:
@@ -507,6 +522,8 @@ def run_run(args: argparse.Namespace) -> int:
     require_directory("--out", args.out)
     (outcome,) = measure_suite(args, suites.read(args.suite), [suites.this_build()])
     results.write(args.out, outcome.result)
+    if args.history:
+        history.append(args.history, outcome.result)
     print(f"wrote {args.out}")
     if outcome.failed:
         raise UserError(f"{args.out} lacks what failed: {'; '.join(outcome.failed)}")
@@ -514,15 +531,12 @@ def run_run(args: argparse.Namespace) -> int:
 
 
 def measure_suite(args: argparse.Namespace, suite: suites.Suite, builds: list[suites.Build]) -> list[suites.Outcome]:
-    """The last build is this checkout's, and its result goes into the history."""
+    """An outcome a build; the last build is this checkout's."""
     if args.history and args.history.exists():
         history.read(args.history)  # a damaged one is found before the long run, not after it
     suites.check_built()
     more = ["--device", args.device] if args.device else []
-    outcomes = suites.run(suite, builds, args.processes or suite.processes, more, [sys.executable, *sys.argv])
-    if args.history:
-        history.append(args.history, outcomes[-1].result)
-    return outcomes
+    return suites.run(suite, builds, args.processes or suite.processes, more, [sys.executable, *sys.argv])
 
 
 def add_compare(subparsers: argparse._SubParsersAction) -> None:
@@ -557,12 +571,13 @@ def share(text: str) -> float:
 def run_compare(args: argparse.Namespace) -> int:
     if args.report:
         benchmark_page.check_path(args.report)
-    return judge(args, results.read(args.base), results.read(args.new), args.threshold)
+    base, new = results.read(args.base), results.read(args.new)
+    limits = Limits(threshold=args.threshold or Limits.threshold, memory=args.memory_threshold)
+    return tell(args, base, new, compare(base, new, limits))
 
 
-def judge(args: argparse.Namespace, base: dict[str, Any], new: dict[str, Any], threshold: float | None) -> int:
-    limits = Limits(threshold=threshold or Limits.threshold, memory=args.memory_threshold)
-    comparison: Comparison = compare(base, new, limits)
+def tell(args: argparse.Namespace, base: dict[str, Any], new: dict[str, Any], comparison: Comparison) -> int:
+    """Prints the verdict, writes the report, and returns the exit status."""
     print(benchmark_page.text(comparison))
     if args.report:
         benchmark_page.write(args.report, new, base, comparison)
@@ -600,17 +615,43 @@ def run_gate(args: argparse.Namespace) -> int:
     if args.report:
         benchmark_page.check_path(args.report)
     suite = suites.read(args.suite)
+    limits = Limits(threshold=args.threshold or suite.threshold or Limits.threshold, memory=args.memory_threshold)
     if args.base:
-        base = results.read(args.base)
-        (outcome,) = measure_suite(args, suite, [suites.this_build()])
+        base, new, comparison = measure_until_clear(args, suite, limits, results.read(args.base), None)
     else:
         with suites.other_revision(args.base_ref, args.base_dir) as build:
-            before, outcome = measure_suite(args, suite, [build, suites.this_build()])
-        base = before.result
-    for path, result in ((args.out, outcome.result), (args.base_out, base)):
+            base, new, comparison = measure_until_clear(args, suite, limits, None, build)
+    if args.history:
+        history.append(args.history, new)
+    for path, result in ((args.out, new), (args.base_out, base)):
         if path:
             results.write(path, result)
-    return judge(args, base, outcome.result, args.threshold or suite.threshold)
+    return tell(args, base, new, comparison)
+
+
+def measure_until_clear(
+    args: argparse.Namespace,
+    suite: suites.Suite,
+    limits: Limits,
+    saved: dict[str, Any] | None,
+    build: suites.Build | None,
+) -> tuple[dict[str, Any], dict[str, Any], Comparison]:
+    """Base, new and the verdict. The base is `saved`, or measured with `build`. While a metric is worse by more than
+    its limit but not surely so, as many processes again are added, up to suites.ROUNDS times in all."""
+    builds = [*([build] if build else []), suites.this_build()]
+    rounds: list[list[dict[str, Any]]] = []
+    for _ in range(suites.ROUNDS):
+        outcomes = measure_suite(args, suite, builds)
+        if any(outcome.failed for outcome in outcomes):
+            rounds.clear()  # so that what failed is missing
+        rounds.append([outcome.result for outcome in outcomes])
+        merged = [results.merge(parts, parts[0]["command"]) for parts in zip(*rounds)]
+        base, new = saved or merged[0], merged[-1]
+        comparison = compare(base, new, limits)
+        if not comparison.unclear:
+            break
+        sys.stderr.write("worse, but not surely so: measuring more processes\n")
+    return base, new, comparison
 
 
 def require_directory(option: str, path: Path) -> None:

@@ -23,12 +23,15 @@ from .timing import percentile
 
 # Facts of the environment and of a case that must be equal.
 SAME_MACHINE = ("device", "device_name", "cpu_count", "world_size", "threads")
-SAME_WORK = ("config_sha256", "work", "warmup")
+SAME_WORK = ("work", "warmup")
 # Facts that may be the very thing compared, so they are told.
 TOLD = ("torch", "python", "kernels", "packages")
+# Shares of the machine that others used which differ by more than this are told.
+UNLIKE = 0.1
 SETUP_METRICS = ("init_seconds", "compile_seconds")
 ACCURACY_UNIT = "AP"
-FINE, FASTER, REGRESSION, MISSING, NOT_COMPARABLE = "fine", "faster", "regression", "missing", "not comparable"
+FINE, FASTER, UNCLEAR = "fine", "faster", "unclear"
+REGRESSION, MISSING, NOT_COMPARABLE = "regression", "missing", "not comparable"
 EXIT_CODES = {FINE: 0, REGRESSION: 1, NOT_COMPARABLE: 2}
 
 
@@ -52,7 +55,8 @@ class Limits:
 class Finding:
     """One metric of one case, judged. case: its label. base, new: medians; of accuracy, means. change: how much worse
     than base, as a share (negative: better). p: of the test, None where there was none. verdict: fine, faster,
-    regression, missing or not comparable. note: what a reader has to know, in words; may be empty."""
+    unclear (worse by more than the limit, but chance may have done it: more processes would tell), regression, missing
+    or not comparable. note: what a reader has to know, in words; may be empty."""
 
     case: str
     metric: str
@@ -82,6 +86,11 @@ class Comparison:
         return NOT_COMPARABLE if NOT_COMPARABLE in verdicts or not self.findings else FINE
 
     @property
+    def unclear(self) -> bool:
+        """Whether more processes could turn what is fine so far into a regression."""
+        return self.verdict == FINE and any(finding.verdict == UNCLEAR for finding in self.findings)
+
+    @property
     def exit_code(self) -> int:
         return EXIT_CODES[self.verdict]
 
@@ -92,7 +101,7 @@ class Comparison:
 def compare(base: dict[str, Any], new: dict[str, Any], limits: Limits | None = None) -> Comparison:
     """The verdict on `new`, measured against `base`; both of the form of results.py."""
     limits = limits or Limits()
-    remarks = list(_remarks(base["environment"], new["environment"]))
+    remarks = [*_remarks(base["environment"], new["environment"]), *_disturbance(base, new)]
     apart = differing(base["environment"], new["environment"], SAME_MACHINE)
     if apart:
         return Comparison(limits, [Finding("every case", "", NOT_COMPARABLE, note=apart)], remarks)
@@ -112,6 +121,19 @@ def differing(base: dict[str, Any], new: dict[str, Any], names: Sequence[str]) -
         f"{name} differs: {_difference(base.get(name), new.get(name))}"
         for name in names
         if not _equal(base.get(name), new.get(name))
+    )
+
+
+def _differing_configuration(base: dict[str, Any], new: dict[str, Any]) -> str:
+    """As `differing`, of the keys that both configurations have: a key that only one build knows is part of what is
+    compared. Results without a configuration (of operators, of accuracy) have at most its hash."""
+    old, now = base.get("config"), new.get("config")
+    if old is None or now is None:
+        return differing(base, new, ("config_sha256",))
+    return differing(
+        {"config": {key: old[key] for key in old if key in now}},
+        {"config": {key: now[key] for key in now if key in old}},
+        ("config",),
     )
 
 
@@ -140,12 +162,21 @@ def _remarks(base: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
         yield told
 
 
+def _disturbance(base: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    old, now = (side.get("others_cpu_share", 0.0) for side in (base, new))
+    if abs(now - old) > UNLIKE:
+        yield (
+            f"not equally quiet: others used {old:.0%} of the machine's cores beside the base, {now:.0%} beside new;"
+            " measure again, or in turns with gate --base-ref"
+        )
+
+
 def _judge_case(base: dict[str, Any], new: dict[str, Any] | None, limits: Limits) -> Iterator[Finding]:
     case = results.label(results.key(base))
     if new is None:
         yield Finding(case, "", MISSING, note="the case is not in the new result")
         return
-    apart = differing(base, new, SAME_WORK)
+    apart = "; ".join(filter(None, [_differing_configuration(base, new), differing(base, new, SAME_WORK)]))
     if apart:
         yield Finding(case, "", NOT_COMPARABLE, note=apart)
         return
@@ -191,6 +222,8 @@ def _judge_speed(case: str, name: str, base: dict[str, Any], new: dict[str, Any]
         slower, note = False, f"less than {limits.setup_seconds:g} s more"
     if slower:
         return Finding(case, name, REGRESSION, **figures, p=p_worse, note=note)
+    if change > limit and not setup:
+        return Finding(case, name, UNCLEAR, **figures, p=p_worse, note=note)
     faster = _gain(change) > limit and p_better < limits.significance
     return Finding(case, name, FASTER if faster else FINE, **figures, p=p_better if faster else p_worse, note=note)
 

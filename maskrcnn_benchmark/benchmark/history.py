@@ -18,6 +18,8 @@ from .timing import percentile
 # A step is told from this size on, at this certainty over all places where it could have been.
 STEP_SIZE, STEP_SIGNIFICANCE = 0.03, 0.002
 NEAREST = 10
+# Runs that a line of the terminal shows
+DRAWN = 80
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -143,10 +145,23 @@ def _splits(values: list[float], offset: int) -> list[int]:
     if not windows:
         return []
     p, at = min((_p(values[max(0, at - width) : at], values[at : at + width]), at) for at, width in windows)
+    at = _place(values, at)
     old, new = percentile(values[max(0, at - NEAREST) : at], 50), percentile(values[at : at + NEAREST], 50)
     if p * len(windows) >= STEP_SIGNIFICANCE or abs(worsening(old, new, True)) <= STEP_SIZE:
         return []
     return [*_splits(values[:at], offset), offset + at, *_splits(values[at:], offset + at)]
+
+
+def _place(values: list[float], at: int) -> int:
+    """The split near `at` whose parts lie closest to their medians. Ranks say that there is a step, but not exactly
+    where: the first run after it may be the one that is nearest to the runs before, and would pass for one of them."""
+    low, high = max(0, at - NEAREST), min(len(values), at + NEAREST)
+
+    def spread(split: int) -> float:
+        parts = values[low:split], values[split:high]
+        return sum(abs(value - percentile(part, 50)) for part in parts for value in part)
+
+    return min(range(max(1, at - NEAREST // 2), min(len(values), at + NEAREST // 2 + 1)), key=spread)
 
 
 def _p(before: list[float], after: list[float]) -> float:
@@ -162,13 +177,22 @@ def sparkline(values: list[float]) -> str:
 
 
 def describe(of: Series) -> list[str]:
-    """A series as lines for the terminal: its course, then its steps."""
-    values = [point.value for point in of.points]
-    lines = [f"{of.case} · {of.metric}: {sparkline(values)} {values[-1]:.4g} {of.unit}, {len(values)} runs"]
+    """A series as lines for the terminal: what it is, its latest runs as blocks, and under the first run after a step
+    an arrow with its size and commit. Earlier steps have a line without an arrow."""
+    values, first = [point.value for point in of.points], max(0, len(of.points) - DRAWN)
+    shown = values[first:]
+    runs = f"{len(values)} runs" + (f", the last {DRAWN} drawn" if first else "")
+    days = f"{of.points[first].started[:10]} to {of.points[-1].started[:10]}"
+    lines = [
+        f"{of.case} · {of.metric}: {values[-1]:.4g} {of.unit} now, {min(shown):.4g} to {max(shown):.4g};"
+        f" {runs}, {days}" + ("" if of.steps else ", no step"),
+        f"  {sparkline(shown)}",
+    ]
     for step in of.steps:
+        arrow = " " * (step.index - first) + "^" if step.index >= first else "earlier:"
         lines.append(
-            f"  {step_words(step)} at commit {step.after.commit} ({step.after.started}), after {step.before.commit}: "
-            f"{step.old:.4g} -> {step.new:.4g} {of.unit}, p {step.p:.2g}"
+            f"  {arrow} {step_words(step)} at commit {step.after.commit} ({step.after.started[:10]}), after"
+            f" {step.before.commit}: {step.old:.4g} -> {step.new:.4g} {of.unit}, p {step.p:.2g}"
         )
     return lines
 

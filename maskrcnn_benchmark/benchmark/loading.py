@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from yacs.config import CfgNode
 
-from ..config import sha256
+from ..config import flat, sha256
 from ..data.catalog import build_dataset
 from ..data.loader import collate, train_loader
+from ..data.synthetic import generate
 from ..data.transforms import build_transforms
 from ..device import Device
 from ..engine import distributed
@@ -47,11 +50,30 @@ def run(cfg: CfgNode, device: Device, steps: int, warmup: int) -> dict[str, Any]
         "kind": "data",
         "dtype": "uint8",
         "config_sha256": sha256(cfg),
+        "config": flat(cfg),
         "warmup": warmup,
         "work": {"data": "real", "constant": False, "batch": cfg.SOLVER.IMS_PER_BATCH, "images": len(dataset)},
         "metrics": metrics,
         "clocks": [part[2] for part in parts],
     }
+
+
+def run_synthetic(
+    cfg: CfgNode, device: Device, steps: int, warmup: int, images: int, size: tuple[int, int]
+) -> dict[str, Any] | None:
+    """The same with so many drawn images of `size` (height, width), in a temporary place, for DATASETS.TRAIN."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-data-") as directory:
+        generate(Path(directory) / "shapes", images, 1, size, seed=0)
+        drawn = cfg.clone()
+        drawn.defrost()
+        drawn.merge_from_list(["DATA.PATH", str(Path(directory) / "shapes"), "DATASETS.TRAIN", ("coco_2017_train",)])
+        case = run(drawn, device, steps, warmup)
+    if case is not None:
+        batch, workers = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.NUM_WORKERS
+        case |= {"name": f"data synthetic {size[0]}x{size[1]} batch {batch} workers {workers}"}
+        case |= {"config_sha256": sha256(cfg), "config": flat(cfg)}  # without the temporary place
+        case["work"] |= {"data": "synthetic", "constant": True, "image": list(size)}
+    return case
 
 
 def stages(cfg: CfgNode, device: Device, dataset, batch: int) -> Phases:

@@ -1,12 +1,14 @@
 """The file that every benchmark writes: its form, reading it with errors that say what is wrong, merging processes.
 
     {"format": 1, "command": [...], "started": ISO time, "environment": environment.describe(device), "cases": [case]}
-    case: {"name", "kind", "dtype", "config_sha256" or null, "warmup", "work": {facts}, "metrics": {name: metric}}
+    case: {"name", "kind", "dtype", "warmup", "work": {facts}, "metrics": {name: metric}}, of a model or loader also
+        {"config_sha256", "config": {key: value}}
     metric: {"unit", "better": "lower" or "higher", "gate": bool, "samples": [...], "p50", "p90", "p99"}
 
 `work` are the facts that must be equal for a comparison to mean anything: image sizes, batch, proposals, RoIs. A gated
 metric can fail a comparison. A merged file holds the samples of several processes, one after the other, and
-`process_samples` says how many each gave; without it they are of one.
+`process_samples` says how many each gave; without it they are of one. Beside its cases, `others_cpu_share` is the
+share of the machine's cores that others used while its processes ran: the median over processes.
 """
 
 from __future__ import annotations
@@ -144,6 +146,7 @@ def merge(parts: Sequence[dict[str, Any]], command: Sequence[str]) -> dict[str, 
             ours, first = part["environment"].get(fact), parts[0]["environment"].get(fact)
             if ours != first:
                 raise UserError(f"processes of one run differ in {fact}: {first} and {ours}")
+    busy = [part["others_cpu_share"] for part in parts if "others_cpu_share" in part]
     cases: dict[Key, list[dict[str, Any]]] = {}
     for part in parts:
         for one, case in by_key(part).items():
@@ -153,6 +156,7 @@ def merge(parts: Sequence[dict[str, Any]], command: Sequence[str]) -> dict[str, 
         "command": list(command),
         "started": parts[0].get("started"),
         "environment": parts[0]["environment"],
+        **({"others_cpu_share": percentile(busy, 50)} if busy else {}),
         "cases": [_merge_case(same) for same in cases.values()],
     }
 
@@ -166,7 +170,7 @@ def _merge_case(same: list[dict[str, Any]]) -> dict[str, Any]:
                     f"{case.get(fact)}; fix the seed, the weights or the data"
                 )
     shared = {name: value for name, value in same[0]["metrics"].items() if all(name in c["metrics"] for c in same)}
-    fields = ("name", "kind", "config_sha256", "dtype", "work", "warmup", "system", "op", "kernel")
+    fields = ("name", "kind", "config_sha256", "config", "dtype", "work", "warmup", "system", "op", "kernel")
     facts = {field: same[0][field] for field in fields if field in same[0]}
     return facts | {"metrics": {name: _merge_metric([c["metrics"][name] for c in same]) for name in shared}}
 

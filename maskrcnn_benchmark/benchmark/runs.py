@@ -17,7 +17,7 @@ import torch
 from torch.profiler import profile, supported_activities
 from yacs.config import CfgNode
 
-from ..config import sha256
+from ..config import flat, sha256
 from ..data.catalog import build_dataset, check_num_classes
 from ..data.loader import test_loader, train_loader
 from ..device import Device, get_device
@@ -310,6 +310,7 @@ def case(
         "system": name.system,
         "dtype": name.dtype,
         "config_sha256": sha256(request.cfg),
+        "config": flat(request.cfg),
         "warmup": request.warmup,
         "work": work,
         "metrics": metrics,

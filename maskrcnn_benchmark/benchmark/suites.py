@@ -11,15 +11,15 @@ A suite is a yaml file:
 
 from __future__ import annotations
 
-import math
 import os
-import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import venv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,10 +35,16 @@ from . import results
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("ops", "train", "infer", "data", "eval")
 DEVICE_KINDS = ("ops", "train", "infer", "data")
-# So many times a CPU second a process may be put aside for others before it is measured again. Two processes that share
-# a core take turns every 3 to 4 ms, some 260 times a second.
-PREEMPTIONS = 100
+STATISTICS = Path("/proc/stat")
+# A process beside which others used more than this share of the machine's cores is measured again. How often they took
+# a core from it, or how long it waited for one, says less: what runs on the other thread of a core, or empties the
+# shared cache, made it half as fast without a wait.
+BUSY = 0.1
 ATTEMPTS = 3
+# On a machine that is always busy this is in vain: a side is given half as many more attempts as it has processes.
+SPARE = 0.5
+# How often the gate measures a suite's processes anew, at most, to clear up what is worse but not surely so.
+ROUNDS = 3
 KEYS = {"description": str, "processes": int, "threshold": (str, float), "cases": list}
 
 
@@ -64,9 +70,11 @@ class Build:
 
 @dataclass
 class Runs:
-    """What a build gave so far, by the case's number in the suite. None: it failed, and is not tried again."""
+    """What a build gave so far, by the case's number in the suite. None: it failed, and is not tried again. spare: how
+    many more attempts it may have on a busy machine."""
 
     build: Build
+    spare: int
     parts: dict[int, list[dict[str, Any]] | None] = field(default_factory=dict)
 
 
@@ -138,7 +146,7 @@ def run(
     Raises:
         UserError: a build that could run no case at all.
     """
-    sides = [Runs(build) for build in builds]
+    sides = [Runs(build, round(SPARE * processes * len(suite.cases))) for build in builds]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         for number in range(processes):
             for index, case in enumerate(suite.cases):
@@ -148,7 +156,7 @@ def run(
                         continue
                     _say(f"{number + 1}/{processes} {side.build.name}: {shlex.join(case)}")
                     inserted = more if case[0] in DEVICE_KINDS else []
-                    part = _measure(side.build, [case[0], *inserted, *case[1:]], Path(scratch) / "result.json")
+                    part = _measure(side, [case[0], *inserted, *case[1:]], Path(scratch) / "result.json")
                     side.parts[index] = None if part is None else [*parts, part]
     return [_outcome(suite, side, command) for side in sides]
 
@@ -161,31 +169,48 @@ def _outcome(suite: Suite, side: Runs, command: Sequence[str]) -> Outcome:
     return Outcome(results.merge(parts, command), failed)
 
 
-def _measure(build: Build, arguments: list[str], out: Path) -> dict[str, Any] | None:
-    """The result of one fresh process; None, and a line on stderr, where it fails. One that had to share its cores is
-    measured again, and the one that shared them least is kept: how fast it was plays no part, so no side gains."""
-    least, best = math.inf, None
-    for attempt in range(1, ATTEMPTS + 1):
-        done, preemptions = _process([build.python, "tools/benchmark.py", *arguments, "--out", out], build.root)
+def _measure(side: Runs, arguments: list[str], out: Path) -> dict[str, Any] | None:
+    """The result of one fresh process; None, and a line on stderr, where it fails. One on a busy machine is
+    measured again, and the one that had it most for itself is kept: how fast it was plays no part, so no side gains."""
+    build, best = side.build, None
+    for attempt in range(ATTEMPTS):
+        done, others = _process([build.python, "tools/benchmark.py", *arguments, "--out", out], build.root)
         if done.returncode:
             _say(f"error: {build.name}: {shlex.join(arguments)}: exit status {done.returncode}: {_last_line(done)}")
             return None
-        if preemptions < least:
-            least, best = preemptions, results.read(out)
-        if least <= PREEMPTIONS:
+        if best is None or others < best["others_cpu_share"]:
+            best = results.read(out) | {"others_cpu_share": others}
+        if best["others_cpu_share"] <= BUSY or attempt == ATTEMPTS - 1 or not side.spare:
             break
-        _say(f"  busy machine: preempted {preemptions:.0f} times a second, attempt {attempt} of {ATTEMPTS}")
+        side.spare -= 1
+        _say(f"  busy machine, measured again: others used {others:.0%} of its cores")
     return best
 
 
 def _process(command: Sequence[str | Path], directory: Path) -> tuple[subprocess.CompletedProcess, float]:
-    """Runs it, and says how often others took a core from it, per second of CPU time."""
+    """Runs it, and says which share of the machine's cores others used meanwhile; 0 where the system does not tell (it
+    is Linux that does)."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started, busy, own = time.perf_counter(), _busy_seconds(), _children_seconds()
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done, (after.ru_nivcsw - before.ru_nivcsw) / max(seconds, 1e-3)
+    others = _busy_seconds() - busy - (_children_seconds() - own)
+    return done, max(0.0, others) / ((time.perf_counter() - started) * (os.cpu_count() or 1))
+
+
+def _busy_seconds() -> float:
+    """CPU seconds that all cores together have worked, what the hypervisor took from them included."""
+    if not STATISTICS.exists():
+        return 0.0
+    user, nice, system, _idle, _wait, interrupts, soft_interrupts, stolen = map(
+        int, STATISTICS.read_text().split("\n", 1)[0].split()[1:9]
+    )
+    return (user + nice + system + interrupts + soft_interrupts + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def _children_seconds() -> float:
+    """CPU seconds of the finished processes that this one started, and of theirs."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _last_line(done: subprocess.CompletedProcess) -> str:
@@ -212,6 +237,7 @@ def other_revision(ref: str, directory: Path | None) -> Iterator[Build]:
         UserError: not a git checkout, no such revision, or a build that failed.
     """
     commit = _git("rev-parse", "--verify", f"{ref}^{{commit}}")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a cancelled CI job cleans up as Ctrl-C does
     place = (directory or Path(tempfile.mkdtemp(prefix="benchmark-base-"))).resolve()
     source, environment = place / "source", place / "environment"
     try:
@@ -219,8 +245,7 @@ def other_revision(ref: str, directory: Path | None) -> Iterator[Build]:
         if (source / ".git").exists():
             _command(["git", "-C", source, "checkout", "--quiet", "--detach", "--force", commit], ROOT)
         else:
-            _git("worktree", "prune")
-            _git("worktree", "add", "--quiet", "--detach", str(source), commit)
+            _git("worktree", "add", "--force", "--quiet", "--detach", str(source), commit)
         python = _environment(environment)
         if (source / "requirements.txt").read_bytes() != (ROOT / "requirements.txt").read_bytes():
             pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "-r", "requirements.txt"]
@@ -230,8 +255,9 @@ def other_revision(ref: str, directory: Path | None) -> Iterator[Build]:
         yield Build(f"base {commit[:12]}", source, python)
     finally:
         if directory is None:
-            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", source], capture_output=True)
             shutil.rmtree(place, ignore_errors=True)
+            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", source], capture_output=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _environment(directory: Path) -> Path:

@@ -145,6 +145,19 @@ def sha256(cfg: CfgNode) -> str:
     return hashlib.sha256(yaml.safe_dump(values, sort_keys=True).encode()).hexdigest()
 
 
+def flat(cfg: CfgNode) -> dict[str, Any]:
+    """Every key, such as SOLVER.BASE_LR, with its value as JSON knows it; without the place the run is written to."""
+
+    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return {key: value for key, value in walk(_plain(cfg), "") if key != "OUTPUT_DIR"}
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}

@@ -21,6 +21,7 @@ from ..benchmark.compare import (
     NOT_COMPARABLE,
     REGRESSION,
     SETUP_METRICS,
+    UNCLEAR,
     Comparison,
     Finding,
 )
@@ -35,7 +36,8 @@ RESULT_HEADER = ("case", "metric", "p50", "p90", "p99", "samples")
 FACTS = ("device", "device_name", "world_size", "threads", "torch", "python", "commit", "dirty")
 # More samples than this are drawn thinned out; all of them count.
 DOTS = 300
-MARKS = {REGRESSION: "bad", MISSING: "bad", NOT_COMPARABLE: "unsure", FASTER: "good"}
+LEGEND = "A dot is a sample, a tick above the dots the median of a process. Verdicts compare the medians of processes."
+MARKS = {REGRESSION: "bad", MISSING: "bad", NOT_COMPARABLE: "unsure", UNCLEAR: "unsure", FASTER: "good"}
 STYLE = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1b1f24;--soft:#5b6470;--line:#d5dae1;--card:#f6f7f9;--base:#7a8594;
 --new:#1d63d8;--good:#13713c;--bad:#b3261e;--unsure:#8a5a00}
@@ -116,8 +118,9 @@ def _result_rows(result: dict[str, Any]) -> Iterator[list[str]]:
     for case in result["cases"]:
         for name, value in case["metrics"].items():
             quantiles = [quantity(percentile(value["samples"], q), value["unit"]) for q in (50, 90, 99)]
-            count = f"{len(value['samples'])} of {len(results.processes(value))} processes"
-            yield [results.label(results.key(case)), name, *quantiles, count]
+            count = len(results.processes(value))
+            samples = f"{len(value['samples'])} in {count} process{'es' if count > 1 else ''}"
+            yield [results.label(results.key(case)), name, *quantiles, samples]
 
 
 def verdict_line(comparison: Comparison) -> str:
@@ -127,6 +130,10 @@ def verdict_line(comparison: Comparison) -> str:
         return f"REGRESSION: {found} of {len(comparison.findings)} metrics are worse or missing"
     if comparison.verdict == NOT_COMPARABLE:
         return "NOT COMPARABLE: measure both sides alike"
+    if comparison.unclear:
+        return (
+            f"FINE: none of {len(comparison.findings)} metrics is surely worse; more processes would tell of the rest"
+        )
     return f"FINE: none of {len(comparison.findings)} metrics is worse"
 
 
@@ -193,7 +200,7 @@ def html(
         sections += [f'<p class="soft">Rule: {escape(rule(comparison))}.</p>']
         sections += [f"<p>{escape(remark)}</p>" for remark in comparison.remarks]
         sections += ["<h2>Verdicts</h2>", _html_table(HEADER, [_marked(finding) for finding in comparison.findings], 2)]
-    sections += ["<h2>Cases</h2>", *_cases(new, base)]
+    sections += ["<h2>Cases</h2>", f'<p class="soft">{LEGEND}</p>', *_cases(new, base)]
     if past:
         sections += ["<h2>History</h2>", *(_course(series) for series in past)]
     sections += ["<h2>Where it was measured</h2>", _environments(new, base)]
@@ -207,7 +214,7 @@ def html(
 def _headline(comparison: Comparison | None) -> str:
     if comparison is None:
         return "Benchmark"
-    mark = MARKS.get(comparison.verdict, "good")
+    mark = MARKS.get(UNCLEAR if comparison.unclear else comparison.verdict, "good")
     return f'<span class="{mark}">{escape(verdict_line(comparison))}</span>'
 
 
@@ -303,9 +310,10 @@ def _distribution(name: str, new: dict[str, Any], base: dict[str, Any] | None) -
         parts += _strip(side, value, scale, 36 * row)
     better = f"{new['better']} is better"
     said = ", ".join(
-        f"{side} {quantity(percentile(results.process_medians(value), 50), value['unit'])}" for side, value in sides
+        ("of " + side + " " if base else "") + quantity(percentile(results.process_medians(value), 50), value["unit"])
+        for side, value in sides
     )
-    caption = f"<b>{escape(name)}</b> ({better}): median of {escape(said)}"
+    caption = f"<b>{escape(name)}</b> ({better}): median {escape(said)}"
     caption += f"; {beyond} of {len(samples)} samples lie beyond the axis, at its ends" if beyond else ""
     picture = f'<svg height="{bottom + 22}" role="img" aria-label="{escape(f"{name}: {said}", quote=True)}">'
     return f"<figure><figcaption>{caption}</figcaption>{picture}{''.join(parts)}</svg></figure>"
@@ -319,12 +327,14 @@ def _fences(samples: Sequence[float], medians: Sequence[float]) -> tuple[float, 
 
 
 def _axis(scale: Scale, bottom: int, unit: str) -> Iterator[str]:
+    """Ticks with their values, but for those that would stick out, and the unit once, for telephones are narrow."""
+    yield f'<text x="-72" y="{bottom + 17}">{escape(unit)}</text>'
     yield f'<line class="axis" x1="0" x2="100%" y1="{bottom}" y2="{bottom}"/>'
     for tick in scale.ticks():
         x = scale.percent(tick)
-        anchor = "start" if x < 6 else "end" if x > 94 else "middle"
         yield f'<line class="axis" x1="{x}%" x2="{x}%" y1="0" y2="{bottom + 4}"/>'
-        yield f'<text x="{x}%" y="{bottom + 17}" text-anchor="{anchor}">{escape(f"{tick:.6g} {unit}")}</text>'
+        if 4 <= x <= 96:
+            yield f'<text x="{x}%" y="{bottom + 17}" text-anchor="middle">{tick:.6g}</text>'
 
 
 def _strip(side: str, value: dict[str, Any], scale: Scale, top: int) -> Iterator[str]:
@@ -342,7 +352,7 @@ def _strip(side: str, value: dict[str, Any], scale: Scale, top: int) -> Iterator
 
 
 def _course(series: Series) -> str:
-    """A series over its runs, with a dashed line and the commit at each step."""
+    """A series over its runs, with the days of the first and the last, and a dashed line at each step."""
     values = [point.value for point in series.points]
     height, scale = 110, Scale(min(values), max(values))
     along = Scale(0, max(1, len(values) - 1))
@@ -351,7 +361,9 @@ def _course(series: Series) -> str:
     for tick in scale.ticks():
         y = round(height - height * scale.percent(tick) / 100, 1)
         parts.append(f'<line class="axis" x1="0" x2="100%" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="-6" y="{y + 4}" text-anchor="end">{escape(f"{tick:.6g} {series.unit}")}</text>')
+        parts.append(f'<text x="-6" y="{y + 4}" text-anchor="end">{tick:.6g}</text>')
+    for x, anchor, point in ((0, "start", series.points[0]), (100, "end", series.points[-1])):
+        parts.append(f'<text x="{x}%" y="{height + 18}" text-anchor="{anchor}">{escape(point.started[:10])}</text>')
     for (x1, y1), (x2, y2) in pairwise(spots):
         parts.append(f'<line class="course" x1="{x1}%" y1="{y1:.1f}" x2="{x2}%" y2="{y2:.1f}"/>')
     for (x, y), point in zip(spots, series.points):
@@ -361,8 +373,9 @@ def _course(series: Series) -> str:
         x = (along.percent(step.index - 1) + along.percent(step.index)) / 2
         parts.append(f'<line class="step" x1="{x}%" x2="{x}%" y1="0" y2="{height}"/>')
     said = "; ".join(f"{step_words(step)} at commit {step.after.commit}" for step in series.steps) or "no step"
-    caption = f"<b>{escape(series.case)} · {escape(series.metric)}</b>, {len(values)} runs: {escape(said)}"
+    caption = f"<b>{escape(series.case)} · {escape(series.metric)}</b> in {escape(series.unit)}"
+    caption += f", {len(values)} runs: {escape(said)}"
     return (
-        f'<section><figure><figcaption>{caption}</figcaption><svg height="{height + 6}" role="img" '
+        f'<section><figure><figcaption>{caption}</figcaption><svg height="{height + 24}" role="img" '
         f'aria-label="{escape(said, quote=True)}">{"".join(parts)}</svg></figure></section>'
     )
