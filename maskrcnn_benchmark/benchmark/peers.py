@@ -26,7 +26,9 @@ from .workload import Workload
 
 # How far a loss of the peer's may be from ours, relative; and the share of detections that both must have in common.
 LOSS_TOLERANCE = {torch.float32: 0.005, torch.bfloat16: 0.02, torch.float16: 0.02}
-SAME_DETECTIONS = {torch.float32: 0.97, torch.bfloat16: 0.7, torch.float16: 0.7}
+# torchvision's bfloat16 boxes have 8 binary digits: at 800 x 1333 half of its detections are no longer those that it
+# makes in float32 (of ours .97 are).
+SAME_DETECTIONS = {torch.float32: 0.97, torch.bfloat16: 0.4, torch.float16: 0.7}
 CONFIG = "configs/e2e_mask_rcnn_R_50_FPN_1x_torchvision.yaml"
 
 
