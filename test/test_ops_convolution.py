@@ -144,6 +144,8 @@ def test_empty_batch():
     assert [tuple(t.shape) for t in gradients(conv3x3, x, weight, bias, grad)] == [
         *((0, 64, 14, 14), (0, 32, 14, 14), (64, 32, 3, 3), (64,))
     ]
+    F.relu_(conv3x3(x.requires_grad_(), weight.requires_grad_(), bias)).sum().backward()
+    assert not weight.grad.any()
 
 
 @needs_kernel

@@ -462,6 +462,9 @@ Tensor conv3x3(const Tensor& input, const Tensor& weight, const std::optional<Te
   if (serves(input, weight.size(0))) {
     return convolve(input, weight.permute({2, 3, 1, 0}), false, bias);
   }
+  if (input.numel() == 0) { // torch's result would be a view, which no in-place ReLU may follow
+    return unread({input.size(0), weight.size(0), input.size(2), input.size(3)}, input);
+  }
   const auto b = bias ? std::optional(bias->to(input.scalar_type())) : std::nullopt;
   return channels_last(
       at::convolution(input, weight.to(input.scalar_type()), b, {1, 1}, {1, 1}, {1, 1}, false, {0, 0}, 1));

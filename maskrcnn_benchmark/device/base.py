@@ -89,6 +89,10 @@ class Device:
         if reset:
             reset()
 
+    def library_versions(self) -> dict[str, Any]:
+        """Of the libraries that torch was built with; None where it was built without."""
+        return {"cuda": torch.version.cuda or torch.version.hip, "cudnn": torch.backends.cudnn.version()}
+
     def clocks(self) -> dict[str, Any]:
         """Clock rates now, and what throttles the device, as far as it can be read: for the record of a measurement."""
         return {}

@@ -56,8 +56,8 @@ class MaskPredictor(nn.Module):
         weight, bias = (parameter.flatten(1)[label].to(x.dtype) for parameter in (last.weight, last.bias[:, None]))
         pixels = x.permute(0, 2, 3, 1).reshape(len(x), 4 * x.shape[2] * x.shape[3], last.in_channels)
         logits = torch.baddbmm(bias[:, None], pixels, weight[..., None])
-        logits = logits.view(len(x), *x.shape[2:], 4).permute(0, 3, 1, 2)
-        return F.pixel_shuffle(logits, 2).squeeze(1)
+        height, width = x.shape[2:]  # each pixel's quarters lie upper left, upper right, lower left, lower right
+        return logits.view(-1, height, width, 2, 2).transpose(2, 3).reshape(-1, 2 * height, 2 * width)
 
 
 class MaskHead(nn.Module):

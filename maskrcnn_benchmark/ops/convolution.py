@@ -25,11 +25,16 @@ def conv2d(
     """torch.nn.functional.conv2d, autocast included; where the input's device has a conv3x3 kernel, that kernel for 3x3
     kernels of stride 1 and padding 1."""
     same = (tuple(weight.shape[2:]), stride, padding, dilation, groups) == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-    if not (same and kernel_in_use("conv3x3", input.device.type) == "native"):
+    if not (same and _has_kernel(input.device.type)):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if torch.is_autocast_enabled(input.device.type):
         input = input.to(torch.get_autocast_dtype(input.device.type))
     return conv3x3(input, weight, bias)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel(device_type: str) -> bool:
+    return kernel_in_use("conv3x3", device_type) == "native"
 
 
 def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -77,7 +77,6 @@ def register_composite(op: str, composite: Callable) -> None:
     LIBRARY.impl(op, serve, "CompositeExplicitAutograd")
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def kernel_in_use(op: str, device_type: str) -> str:
     """Which implementation serves `torch.ops.maskrcnn_benchmark.<op>` on a device type: "native" or "composite".
