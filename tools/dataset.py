@@ -6,11 +6,15 @@
   python tools/dataset.py split    penn_fudan://data/PennFudanPed data/pedestrians --val 0.2
   python tools/dataset.py generate data/shapes --train 1000 --val 200 --size 192 192
 
-DATASET is what DATASETS.TRAIN takes: a name of the catalogue (coco_2017_train, with --data-path), or FORMAT://PATH with
-options: coco://FILE.json?images=DIR  via://FILE.json?attribute=NAME&category=NAME  labelme://DIR  penn_fudan://DIR
-masks://DIR?images=DIR&masks=DIR&category=NAME  voc://DIR?split=train  cityscapes://DIR?split=train.  NAME[10:20] is a part.
-generate and split write a COCO directory (annotations/instances_{train,val}2017.json, train2017/, val2017/) for DATA.PATH
-or --data_path. docs/data.md says more.
+DATASET is what DATASETS.TRAIN takes: a name of the catalogue (coco_2017_train, with --data-path), or FORMAT://PATH:
+
+  coco://FILE.json?images=DIR                      via://FILE.json?attribute=NAME&category=NAME
+  labelme://DIR                                    masks://DIR?images=DIR&masks=DIR&category=NAME
+  voc://DIR?split=train                            penn_fudan://DIR
+  cityscapes://DIR?split=train                     and of each NAME[10:20] for a part
+
+generate and split write a COCO directory (annotations/instances_{train,val}2017.json, train2017/, val2017/) for
+DATA.PATH or --data_path. docs/data.md says more.
 """
 
 from __future__ import annotations

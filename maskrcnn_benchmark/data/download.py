@@ -69,16 +69,9 @@ _TIMEOUT = 60  # seconds without a byte
 _MOST_GROWTH, _HARMLESS = 30, 1 << 30
 _MOST_FILES = 2_000_000
 # What zipfile and tarfile raise at damaged, encrypted (RuntimeError) or unknown archives
-_DAMAGES = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    OSError,
-)
+_DAMAGES = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
+_DAMAGES += (EOFError, RuntimeError, ValueError, OSError)
+_GOES_ON = "the same command goes on where it stopped"
 
 
 def download(
@@ -111,8 +104,8 @@ def download(
         expected = hashes.get(archive.name, archive.sha256)
         if expected is None and not unverified:
             raise DataError(
-                f"the SHA-256 of {archive.address} is not known here: give it by --sha256 {archive.name}=HASH, or accept"
-                " whatever the server sends by --unverified"
+                f"the SHA-256 of {archive.address} is not known here: give it by --sha256 {archive.name}=HASH, or"
+                " accept whatever the server sends by --unverified"
             )
         _get(archive, directory, expected, mirror, keep_archives)
 
@@ -148,44 +141,44 @@ def fetch(address: str, file: Path) -> None:
     if not address.startswith(("http://", "https://")):
         raise DataError(f"{address} is no http or https address")
     part, tag = Path(f"{file}.part"), Path(f"{file}.etag")
-    have = part.stat().st_size if part.exists() and tag.exists() else 0
-    request = urllib.request.Request(
-        address, headers={"User-Agent": "maskrcnn_benchmark", "Accept-Encoding": "identity"}
-    )
-    if have:
-        # The server sends the rest only if its file is still the one that the part is of.
-        request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", tag.read_text(encoding="latin-1"))
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            resumed = response.status == 206
-            if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                raise DataError(f"{address}: the server sends another part than the one from byte {have} on")
-            have = have if resumed else 0
-            length = response.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
-            if validator and not validator.startswith("W/"):
-                tag.write_text(validator, encoding="latin-1")
-            else:
-                tag.unlink(missing_ok=True)  # nothing to recognise the file by: the next call begins anew
-            with open(part, "ab" if resumed else "wb") as output:
-                _copy(response, output, have, total, file.name)
+        total = _receive(address, part, tag)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # the part is longer than the file
             part.unlink(missing_ok=True)
         raise DataError(f"{address}: the server says {error.code} {error.reason}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise DataError(
-            f"{address} cannot be downloaded: {reason}; the same command goes on where it stopped"
-        ) from error
-    if total is not None and part.stat().st_size != total:
-        raise DataError(
-            f"{address}: the connection ended after {part.stat().st_size} of {total} bytes; the same command goes on there"
-        )
+        raise DataError(f"{address} cannot be downloaded: {reason}; {_GOES_ON}") from error
+    have = part.stat().st_size
+    if total is not None and have != total:
+        raise DataError(f"{address}: the connection ended after {have} of {total} bytes; {_GOES_ON}")
     os.replace(part, file)
     tag.unlink(missing_ok=True)
+
+
+def _receive(address: str, part: Path, tag: Path) -> int | None:
+    """Appends to `part` what is missing, or begins anew. Returns the size of the whole, where the server says it."""
+    have = part.stat().st_size if part.exists() and tag.exists() else 0
+    headers = {"User-Agent": "maskrcnn_benchmark", "Accept-Encoding": "identity"}
+    if have:
+        # The server sends the rest only if its file is still the one that the part is of.
+        headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text(encoding="latin-1")}
+    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=_TIMEOUT) as response:
+        resumed = response.status == 206
+        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise ValueError(f"the server sends another part than the one from byte {have} on")
+        have = have if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        if validator and not validator.startswith("W/"):
+            tag.write_text(validator, encoding="latin-1")
+        else:
+            tag.unlink(missing_ok=True)  # nothing to recognise the file by: the next call begins anew
+        with open(part, "ab" if resumed else "wb") as output:
+            _copy(response, output, have, total, part.name)
+    return total
 
 
 def _copy(response: IO[bytes], output: IO[bytes], have: int, total: int | None, name: str) -> None:

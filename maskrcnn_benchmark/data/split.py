@@ -19,8 +19,9 @@ from .content import Source, part_of
 def split_images(content: dict[str, Any], share: float, seed: int) -> tuple[list[dict], list[dict]]:
     """The images of COCO content in two parts, the second of about `share` of them.
 
-    Images are grouped by the rarest class that they show, in random order within a group, and drawn evenly from the
-    sequence of groups: so classes are shared out as the images are. The same seed gives the same parts.
+    Images are grouped by the rarest class that they show, groups and the images of a group come in random order, and
+    the second part is drawn evenly from that sequence: so classes are shared out as the images are. The same seed
+    gives the same parts.
     Raises DataError when a part would be empty.
     """
     images = content["images"]
@@ -28,9 +29,10 @@ def split_images(content: dict[str, Any], share: float, seed: int) -> tuple[list
     for annotation in content["annotations"]:
         shown[annotation["image_id"]].add(annotation["category_id"])
     frequency = Counter(category for categories in shown.values() for category in categories)
-    order = np.random.default_rng(seed).permutation(len(images))
-    rarest = [min(((frequency[c], c) for c in shown[images[i]["id"]]), default=(len(images) + 1, 0)) for i in order]
-    order = [int(order[place]) for place in sorted(range(len(images)), key=lambda place: rarest[place])]
+    rng = np.random.default_rng(seed)
+    place_of_group = dict(zip([None, *sorted(frequency)], rng.permutation(len(frequency) + 1).tolist()))
+    group = [place_of_group[min(shown[image["id"]], key=lambda c: (frequency[c], c), default=None)] for image in images]
+    order = sorted(rng.permutation(len(images)).tolist(), key=lambda i: group[i])
     taken = np.floor(np.arange(1, len(images) + 1) * share + 0.5) > np.floor(np.arange(len(images)) * share + 0.5)
     second = {order[place] for place in np.flatnonzero(taken)}
     parts = [image for i, image in enumerate(images) if i not in second], [images[i] for i in sorted(second)]
