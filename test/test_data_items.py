@@ -118,7 +118,7 @@ def test_same_objects_as_the_format(penn_fudan, monkeypatch):
         ours, theirs = read.load(index), written.load(index)
         np.testing.assert_array_equal(ours.image, theirs.image)
         np.testing.assert_array_equal(ours.bitmaps, theirs.bitmaps)
-        np.testing.assert_array_equal(ours.boxes, theirs.boxes + (0, 0, 1, 1))
+        np.testing.assert_array_equal(ours.boxes, theirs.boxes + np.array([0, 0, 1, 1]))
         ours, theirs = read.annotations(index), written.annotations(index)
         assert [a["segmentation"] for a in ours] == [a["segmentation"] for a in theirs]
     truth = written.ground_truth()

@@ -41,7 +41,8 @@ def add(name: str, image_dir: str | Path, annotation_file: str | Path, dataset_c
 
 
 def build_dataset(names: Sequence[str], cfg: CfgNode, training: bool) -> AnyDataset:
-    """The data sets of these names as one. `name[:10]` or `name[10:20]` takes a part of one, by place in its file.
+    """The data sets of these names as one. `name[:10]`, `name[10:20]` or `name[-5:]` takes a part of one, by place in
+    its file.
 
     Raises ConfigError (unknown name), DataError (files).
     """
@@ -144,7 +145,7 @@ AnyDataset = CocoDataset | ItemDataset | JoinedDataset
 
 def _split_name(name: str) -> tuple[str, slice]:
     """`coco_2017_train[:10]` -> ("coco_2017_train", slice(None, 10))."""
-    found = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", name)
+    found = re.fullmatch(r"(.+)\[(-?\d+)?:(-?\d+)?\]", name)
     if not found:
         return name, slice(None)
     return found[1], slice(*(int(bound) if bound else None for bound in found.group(2, 3)))
