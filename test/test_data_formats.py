@@ -589,7 +589,7 @@ def test_split_writes_a_coco_directory(coco_mini, tmp_path):
             assert dataset.annotations(index) == whole.annotations(whole.image_ids.index(image_id))
             np.testing.assert_array_equal(dataset.load(index).image, whole.load(whole.image_ids.index(image_id)).image)
     source = catalog.read_source(name)
-    vals = [[image["id"] for image in split_images(source.content, 0.3, seed)[1]] for seed in (1, 1, 2)]
+    vals = [[image["id"] for image in split_images(source.content, 0.3, seed)[1]] for seed in (1, 1, 4)]
     assert vals[0] == vals[1] == val.image_ids != vals[2]
     assert write_split(source, tmp_path / "linked", 0.3, 2, link=True) == (7, 3)
     linked = next((tmp_path / "linked" / "val2017").iterdir())
@@ -611,6 +611,21 @@ def test_show(shapes, tmp_path):
     assert "000000000003.jpg" in page and "triangle" in page
 
 
+def run_here(monkeypatch, directory: Path, *arguments: str) -> None:
+    """The tool in this process: a new one takes three seconds to import torch."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(sys, "argv", ["dataset.py", *arguments])
+    importlib.import_module("dataset").main()
+
+
+def test_show_objects_without_masks(voc_root, monkeypatch):
+    run_here(monkeypatch, voc_root, "show", "voc://VOC2012[1:]", "masks.html")
+    run_here(monkeypatch, voc_root, "show", "voc://VOC2012[1:]", "boxes.html", "--boxes", "--category", "cat")
+    masks, boxes = ((voc_root / f"{name}.html").read_text(encoding="utf-8") for name in ("masks", "boxes"))
+    assert "2007_2.jpg (id 2): no objects" in masks and "2007_2.jpg (id 2): cat 1" in boxes
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -622,14 +637,11 @@ def test_show(shapes, tmp_path):
     ],
 )
 def test_wrong_commands(shapes, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dataset.py", *arguments, "--data-path", str(shapes)])
     with pytest.raises(UserError, match=message):
-        importlib.import_module("dataset").main()
+        run_here(monkeypatch, tmp_path, *arguments, "--data-path", str(shapes))
 
 
 def test_an_error_is_one_line(tmp_path):
     done = tool("convert", "via://lost.json", "a.json", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: via://lost.json does not exist")
+    assert done.returncode == 2 and done.stderr.startswith("error: lost.json does not exist")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "a.json").exists()

@@ -113,6 +113,7 @@ def add_show(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--columns", type=int, default=4, metavar="N", help="of the contact sheet")
     parser.add_argument("--category", metavar="NAME", help="only images that show this class")
     parser.add_argument("--image", type=int, action="append", metavar="ID", help="only this image; may be repeated")
+    parser.add_argument("--boxes", action="store_true", help="boxes alone; objects without a mask are shown then, too")
     parser.set_defaults(function=show)
 
 
@@ -159,7 +160,7 @@ def show(args: argparse.Namespace) -> None:
     suffix = Path(args.output).suffix
     if suffix not in (".png", ".html") or min(args.count, args.columns) < 1:
         raise ConfigError("OUTPUT must end in .png or .html, and --count and --columns be 1 or more")
-    dataset = catalog.open_datasets([args.dataset], args.data_path)
+    dataset = catalog.open_datasets([args.dataset], args.data_path, masks=not args.boxes)
     side = contact_sheet.PAGE_SIDE if suffix == ".html" else contact_sheet.CELL
     shown = contact_sheet.pictures(dataset, chosen(dataset, args), side)
     if suffix == ".html":

@@ -60,9 +60,7 @@ def _add_shapes(builder: Builder, image_id: int, shapes: list[dict], size: tuple
         if kind == "mask":
             builder.add_mask(image_id, str(shape["label"]), _mask(shape["mask"], points, size))
         elif kind in _OPEN or len(points) < (3 if kind == "polygon" else 2):
-            builder.skip(
-                "a point, line or polygon of fewer than three points has no inside", f"shape {number} of {file}"
-            )
+            builder.skip(_FEW, f"shape {number} of {file}")
         else:
             group = shape.get("group_id")
             groups[str(shape["label"]), number if group is None else f"group {group}"].append(_outline(kind, points))
