@@ -24,6 +24,7 @@ from maskrcnn_benchmark.data import catalog, cityscapes, formats, shapes, voc
 from maskrcnn_benchmark.data.content import polygon_area, split_instances
 from maskrcnn_benchmark.data.split import split_images, write_split
 from maskrcnn_benchmark.errors import ConfigError, DataError, UserError
+from maskrcnn_benchmark.evaluation.coco import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -223,6 +224,9 @@ def test_penn_fudan(tmp_path):
     assert sample.boxes.tolist() == [[10, 5, 20, 15], [30, 10, 50, 20]]
     np.testing.assert_array_equal(sample.bitmaps, [instance_map == 1, instance_map == 2])  # with its hole
     assert [a["area"] for a in dataset.annotations(0)] == [100, 190]
+    found = [a | {"score": 0.9} for index in range(2) for a in dataset.annotations(index)]
+    scores = evaluate(dataset.ground_truth(), found, image_ids=dataset.image_ids)
+    assert scores["bbox"]["AP"] == scores["segm"]["AP"] == 1, "the directory itself is what to evaluate against"
     for part in ("[1:]", "[-1:]"):
         assert build(f"penn_fudan://PennFudanPed{part}", tmp_path, training=False).image_ids == [2]
 

@@ -89,12 +89,13 @@ def add_split(subparsers: argparse._SubParsersAction) -> None:
         help="write a COCO directory with a training and a validation part",
         description="Shares out the images of a data set of any format, rare classes evenly, and writes a COCO"
         " directory. The same seed gives the same parts.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_source(parser)
     parser.add_argument("output", metavar="OUTPUT", help="a new or empty directory")
-    parser.add_argument("--val", type=float, default=0.2, metavar="SHARE", help="of the images for validation, 0..1")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument(
+        "--val", type=float, default=0.2, metavar="SHARE", help="of the images for validation, 0..1; default 0.2"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the choice; default 0")
     parser.add_argument("--link", action="store_true", help="hard-link the images instead of copying them")
     parser.set_defaults(function=split)
 
@@ -105,12 +106,11 @@ def add_show(subparsers: argparse._SubParsersAction) -> None:
         help="draw the annotations on the images",
         description="Writes a contact sheet (OUTPUT.png) or a page to browse that needs no other file (OUTPUT.html)."
         " DATASET may also be module:Class, a data set written in Python.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_source(parser)
     parser.add_argument("output", metavar="OUTPUT", help="a .png or .html file")
-    parser.add_argument("--count", type=int, default=24, metavar="N", help="at most so many images")
-    parser.add_argument("--columns", type=int, default=4, metavar="N", help="of the contact sheet")
+    parser.add_argument("--count", type=int, default=24, metavar="N", help="at most so many images; default 24")
+    parser.add_argument("--columns", type=int, default=4, metavar="N", help="of the contact sheet; default 4")
     parser.add_argument("--category", metavar="NAME", help="only images that show this class")
     parser.add_argument("--image", type=int, action="append", metavar="ID", help="only this image; may be repeated")
     parser.add_argument("--boxes", action="store_true", help="boxes alone; objects without a mask are shown then, too")
