@@ -500,6 +500,11 @@ def test_coco_by_address_keeps_attributes(tmp_path):
 def test_coco_finds_its_image_directory(shapes):
     dataset = build("coco://annotations/instances_val2017.json", shapes)
     assert Path(dataset.image_dir) == shapes / "val2017" and len(dataset) == 5
+    part = build("coco://annotations/instances_val2017.json[1:3]", shapes)
+    assert part.image_ids == dataset.image_ids[1:3] and part.ground_truth() == dataset.annotation_file
+    content = catalog.read_source("coco://annotations/instances_val2017.json[1:3]", str(shapes)).content
+    assert [image["id"] for image in content["images"]] == part.image_ids
+    assert {a["image_id"] for a in content["annotations"]} == set(part.image_ids)
 
 
 @pytest.mark.parametrize(

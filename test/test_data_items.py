@@ -154,7 +154,7 @@ class Items:
 
 class Sized(Items):
     def get_height_and_width(self, index):
-        return 20, 30
+        return 20, 30 + index
 
 
 def test_crowds_empty_images_and_names():
@@ -175,10 +175,10 @@ def test_crowds_empty_images_and_names():
 def test_sizes_without_reading():
     items = Sized()
     dataset = ItemDataset(items, "items", training=True, masks=False)
-    assert items.reads == 0 and dataset.sizes.tolist() == [[20, 30], [20, 30]]
+    assert items.reads == 0 and dataset.sizes.tolist() == [[20, 30], [20, 31]]
     half = torch.utils.data.Subset(items, [1])
     dataset = ItemDataset(half, "half", training=True, masks=False)
-    assert items.reads == 0 and len(dataset) == 1 and dataset.category_names == ["cat", "dog"]
+    assert items.reads == 0 and dataset.sizes.tolist() == [[20, 31]] and dataset.category_names == ["cat", "dog"]
 
 
 def test_classes_from_the_configuration_or_the_labels():
