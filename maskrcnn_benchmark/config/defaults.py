@@ -190,7 +190,7 @@ _C.INPUT.HORIZONTAL_FLIP_PROB_TRAIN = 0.5
 _C.INPUT.FIXED_SHAPES = ()
 
 _C.DATASETS = CN()
-# Names in the catalogue (data/catalog.py)
+# Names in the catalogue (data/catalog.py), FORMAT://PATH or module:Class (docs/data.md)
 _C.DATASETS.TRAIN = ()
 _C.DATASETS.TEST = ()
 
