@@ -236,7 +236,8 @@ def build_transforms(cfg: CfgNode, training: bool) -> Compose:
         return Compose([ResizeShortSide((cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST)])
     if not cfg.INPUT.TRANSFORMS:
         resize = ResizeShortSide(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
-        return Compose([resize, RandomHorizontalFlip(cfg.INPUT.HORIZONTAL_FLIP_PROB_TRAIN)])
+        # The flip first: before it is enlarged, an image is less to turn around.
+        return Compose([RandomHorizontalFlip(cfg.INPUT.HORIZONTAL_FLIP_PROB_TRAIN), resize])
     compose = Compose(cfg.INPUT.TRANSFORMS)
     for transform in compose.transforms:
         if isinstance(transform, Normalize):
