@@ -87,7 +87,7 @@ def score_file(cfg: CfgNode, predictions: str) -> dict[str, Any]:
     keys = {"bbox": "bbox", "segm": "segmentation"}
     tasks = [task for task, key in keys.items() if any(isinstance(r, dict) and key in r for r in results)]
     tasks = tasks or (["bbox", "segm"] if cfg.MODEL.MASK_ON else ["bbox"])
-    return evaluate(dataset.annotation_file, results, tasks, cfg.TEST.EVALUATOR, dataset.image_ids)
+    return evaluate(dataset.ground_truth(), results, tasks, cfg.TEST.EVALUATOR, dataset.image_ids)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 
 from ..config import sha256
 from ..data.catalog import build_dataset, check_num_classes
+from ..data.coco import content_of
 from ..data.loader import test_loader, train_loader
 from ..device import Device, get_device
 from ..engine import distributed
@@ -180,13 +181,7 @@ def real_data(request: Request, device: Device) -> tuple[Batches, dict[str, Any]
         raise UserError(f"{len(dataset)} images do not fill a batch of {request.batch}")
     loader = test_loader(cfg, dataset, device, *ranks)
     endless: Iterator[Any] = itertools.chain.from_iterable(itertools.repeat(loader))
-    sizes = zip(dataset.image_ids, dataset.sizes.tolist())
-    truth = {
-        "images": [{"id": image_id, "height": height, "width": width} for image_id, (height, width) in sizes],
-        "categories": [{"id": i, "name": n} for i, n in zip(dataset.category_ids, dataset.category_names)],
-        "annotations": [entry for index in range(len(dataset)) for entry in dataset.annotations(index)],
-    }
-    return (batch for batch in endless if len(batch[0]) == share), truth
+    return (batch for batch in endless if len(batch[0]) == share), content_of(dataset)
 
 
 def peak(request: Request, device: Device, dtype: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Data set names -> class and paths."""
+"""Data set names -> data sets: names of the catalogue, FORMAT://PATH (formats.py), module:Class (items.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import numpy as np
 from yacs.config import CfgNode
 
 from ..errors import ConfigError, DataError
-from .coco import CocoDataset
+from . import formats
+from .coco import CocoDataset, content_of, read_coco
+from .content import Source, part_of
+from .items import ItemDataset, from_python, is_python_name
 from .transforms import Sample
 
 # Name -> (class, image directory, annotation file), relative to DATA.PATH or absolute
@@ -37,17 +40,25 @@ def add(name: str, image_dir: str | Path, annotation_file: str | Path, dataset_c
         raise ConfigError(f"data set name {name!r} is taken already, for {CATALOG[name][2]}: choose another")
 
 
-def build_dataset(names: Sequence[str], cfg: CfgNode, training: bool) -> CocoDataset | JoinedDataset:
+def build_dataset(names: Sequence[str], cfg: CfgNode, training: bool) -> AnyDataset:
     """The data sets of these names as one. `name[:10]` or `name[10:20]` takes a part of one, by place in its file.
 
     Raises ConfigError (unknown name), DataError (files).
     """
     if not names:
         raise ConfigError("no data set is named: fill DATASETS.TRAIN and DATASETS.TEST with names of data/catalog.py")
+    return open_datasets(names, cfg.DATA.PATH, training, cfg.MODEL.MASK_ON, cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES)
+
+
+def open_datasets(
+    names: Sequence[str], root: str = "", training: bool = False, masks: bool = True, num_classes: int | None = None
+) -> AnyDataset:
+    """`build_dataset` without a configuration. root: what DATA.PATH is there; num_classes: of Python data sets that do
+    not name their classes."""
     datasets, parts = [], []
     for name in names:
         name, part = _split_name(name)
-        datasets.append(_open(name, cfg, training))
+        datasets.append(_open(name, root, training, masks, num_classes))
         parts.append(range(len(datasets[-1]))[part])
         if not parts[-1]:
             raise DataError(f"no image of {name} is in the part asked for: it has {len(datasets[-1])}")
@@ -57,7 +68,22 @@ def build_dataset(names: Sequence[str], cfg: CfgNode, training: bool) -> CocoDat
     return JoinedDataset(datasets, parts)
 
 
-def check_num_classes(cfg: CfgNode, dataset: CocoDataset | JoinedDataset) -> None:
+def read_source(name: str, root: str = "") -> Source:
+    """What the files of a data set, or of the part that `name[10:20]` asks for, say; its content is there.
+
+    Raises ConfigError, DataError.
+    """
+    name, part = _split_name(name)
+    if is_python_name(name):
+        raise ConfigError(f"{name} is Python code: it has no annotation files to work on")
+    source = formats.read(name, root) if formats.is_address(name) else Source(*_locate(name, root)[1:], None)
+    content = source.content if source.content is not None else read_coco(str(source.file))
+    if part != slice(None):
+        content = part_of(content, content["images"][part])
+    return replace(source, content=content)
+
+
+def check_num_classes(cfg: CfgNode, dataset: AnyDataset) -> None:
     """Raises ConfigError when the model does not predict as many classes as the data set has."""
     configured = cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
     if configured != dataset.num_classes:
@@ -67,7 +93,7 @@ def check_num_classes(cfg: CfgNode, dataset: CocoDataset | JoinedDataset) -> Non
         )
 
 
-def check_same_categories(first: CocoDataset | JoinedDataset, second: CocoDataset | JoinedDataset) -> None:
+def check_same_categories(first: AnyDataset, second: AnyDataset) -> None:
     """Raises DataError when labels would mean different categories in two data sets."""
     ours = dict(zip(first.category_ids, first.category_names))
     theirs = dict(zip(second.category_ids, second.category_names))
@@ -76,20 +102,22 @@ def check_same_categories(first: CocoDataset | JoinedDataset, second: CocoDatase
         i = differing[0]
         raise DataError(
             f"{first.annotation_file} and {second.annotation_file} differ in {len(differing)} categories; the first is"
-            f" id {i}: {ours.get(i, 'missing')!r} there, {theirs.get(i, 'missing')!r} here"
+            f" id {i}: {ours.get(i, 'missing')!r} there, {theirs.get(i, 'missing')!r} here; where a file just lacks a"
+            " class, formats that find their classes take all by ?classes=NAME,NAME,..."
         )
 
 
 class JoinedDataset:
     """Parts of data sets of the same categories one after the other; attributes as CocoDataset's."""
 
-    def __init__(self, datasets: Sequence[CocoDataset], parts: Sequence[range]) -> None:
+    def __init__(self, datasets: Sequence[CocoDataset | ItemDataset], parts: Sequence[range]) -> None:
         self.datasets = list(datasets)
         self._places = [(number, index) for number, part in enumerate(parts) for index in part]
         first = self.datasets[0]
         self.category_ids, self.category_names = first.category_ids, first.category_names
         self.num_classes = first.num_classes
         self.image_ids = [self.datasets[number].image_ids[index] for number, index in self._places]
+        self.file_names = [self.datasets[number].file_names[index] for number, index in self._places]
         self.sizes = np.concatenate([d.sizes[list(part)] for d, part in zip(self.datasets, parts)])
         self.counts = np.concatenate([d.counts[list(part)] for d, part in zip(self.datasets, parts)])
         self.annotation_file = " + ".join(d.annotation_file for d in self.datasets)
@@ -105,6 +133,14 @@ class JoinedDataset:
         number, within = self._places[index]
         return self.datasets[number].annotations(within)
 
+    def ground_truth(self) -> str | dict[str, Any]:
+        """What to evaluate against; of a part of a COCO file the whole one."""
+        first = self.datasets[0]
+        return first.ground_truth() if len(self.datasets) == 1 and isinstance(first, CocoDataset) else content_of(self)
+
+
+AnyDataset = CocoDataset | ItemDataset | JoinedDataset
+
 
 def _split_name(name: str) -> tuple[str, slice]:
     """`coco_2017_train[:10]` -> ("coco_2017_train", slice(None, 10))."""
@@ -114,19 +150,32 @@ def _split_name(name: str) -> tuple[str, slice]:
     return found[1], slice(*(int(bound) if bound else None for bound in found.group(2, 3)))
 
 
-def _open(name: str, cfg: CfgNode, training: bool) -> CocoDataset:
+def _open(name: str, root: str, training: bool, masks: bool, num_classes: int | None) -> CocoDataset | ItemDataset:
+    if is_python_name(name):
+        return ItemDataset(from_python(name, root), name, training, masks, num_classes)
+    if formats.is_address(name):
+        source = formats.read(name, root)
+        return CocoDataset(source.file, source.image_dir, training, masks, source.content)
+    dataset_class, annotation_file, image_dir = _locate(name, root)
+    return dataset_class(annotation_file, image_dir, training=training, masks=masks)
+
+
+def _locate(name: str, root: str) -> tuple[type, Path, Path]:
+    """Class, annotation file and image directory of a name of the catalogue."""
     if name not in CATALOG:
         near = difflib.get_close_matches(name, CATALOG, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
-        raise ConfigError(f"unknown data set {name!r}{hint} Known are {', '.join(sorted(CATALOG))}")
+        raise ConfigError(
+            f"unknown data set {name!r}{hint} Known are {', '.join(sorted(CATALOG))}, and what is written"
+            f" FORMAT://PATH ({', '.join(formats.FORMATS)}) or module:Class"
+        )
     dataset_class, image_dir, annotation_file = CATALOG[name]
-    root = Path(cfg.DATA.PATH).expanduser()
     layout = f"DIR/{annotation_file} and DIR/{image_dir}/"
     expected = f"data set {name} is expected as {layout}: set DATA.PATH or --data_path to DIR"
-    paths = [root / annotation_file, root / image_dir]
-    if not cfg.DATA.PATH and not all(Path(path).is_absolute() for path in (annotation_file, image_dir)):
+    paths = [Path(root).expanduser() / annotation_file, Path(root).expanduser() / image_dir]
+    if not root and not all(Path(path).is_absolute() for path in (annotation_file, image_dir)):
         raise DataError(f"DATA.PATH is empty; {expected}")
     for path in paths:
         if not path.exists():
             raise DataError(f"{path} does not exist; {expected}")
-    return dataset_class(paths[0], paths[1], training=training, masks=cfg.MODEL.MASK_ON)
+    return dataset_class, *paths

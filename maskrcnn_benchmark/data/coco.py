@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..ops.masks import sound_rle
+from .content import Source, read_json
 from .images import read_image
 from .transforms import Polygons, Sample
 
@@ -84,6 +85,7 @@ class CocoDataset:
         annotation_file: instances JSON; image_dir: directory that its file names are relative to.
         training: `load` gives objects too, and a file without any usable one is an error.
         masks: keep the segmentations; then an object without a usable one is dropped.
+        content: what a file of another format was read into; `annotation_file` is then for messages alone.
 
     Attributes:
         category_ids, category_names: label l (1..C, by rising category id) is `category_ids[l - 1]`.
@@ -96,10 +98,18 @@ class CocoDataset:
         DataError: not a COCO file, references that lead nowhere, images that are not on disk.
     """
 
-    def __init__(self, annotation_file: str | Path, image_dir: str | Path, training: bool, masks: bool = True) -> None:
+    def __init__(
+        self,
+        annotation_file: str | Path,
+        image_dir: str | Path,
+        training: bool,
+        masks: bool = True,
+        content: dict[str, Any] | None = None,
+    ) -> None:
         self.annotation_file, self.image_dir = str(annotation_file), str(image_dir)
         self.training, self.masks = training, masks
-        content = read_coco(self.annotation_file)
+        self._in_coco_file = content is None
+        content = read_coco(self.annotation_file) if content is None else content
         categories = _read_categories(content["categories"], self.annotation_file)
         self.category_ids = sorted(categories)
         self.category_names = [categories[i] for i in self.category_ids]
@@ -162,6 +172,10 @@ class CocoDataset:
                 annotation["segmentation"] = {"size": [height, width], "counts": rle.decode()} if rle else polygons
             result.append(annotation | objects.extras_of(a))
         return result
+
+    def ground_truth(self) -> str | dict[str, Any]:
+        """What to evaluate against: the COCO file, or of another format its content."""
+        return self.annotation_file if self._in_coco_file else content_of(self)
 
     def _bitmaps(self, polygons: Polygons, first: int, size: tuple[int, int]) -> np.ndarray:
         bitmaps = polygons.rasterize(*size)
@@ -349,14 +363,28 @@ def _compress(rle: dict, height: int, width: int) -> bytes:
     return sound[0]["counts"].encode()
 
 
+def content_of(dataset: Any) -> dict[str, Any]:
+    """COCO's lists images, categories and annotations of any data set, as its `annotations` gives them."""
+    sizes = zip(dataset.image_ids, dataset.sizes.tolist())
+    return {
+        "images": [{"id": image_id, "height": height, "width": width} for image_id, (height, width) in sizes],
+        "categories": [{"id": i, "name": n} for i, n in zip(dataset.category_ids, dataset.category_names)],
+        "annotations": [entry for index in range(len(dataset)) for entry in dataset.annotations(index)],
+    }
+
+
+def read(path: Path, images: str = "") -> Source:
+    """A COCO instances file. images: directory of its images, relative to its own; by default DIR/NAME for
+    DIR/annotations/instances_NAME.json where that exists, else the file's own."""
+    beside = path.parent.parent / path.stem.removeprefix("instances_")
+    if not images and path.parent.name == "annotations" and beside.is_dir():
+        return Source(path, beside, None)
+    return Source(path, path.parent / images, None)
+
+
 def read_coco(path: str) -> dict[str, Any]:
     """The JSON of a COCO file, with lists of objects under images, annotations and categories."""
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise DataError(f"annotation file {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"annotation file {path} is not valid JSON: {error}") from error
+    content = read_json(Path(path))
     for key in ("images", "annotations", "categories"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

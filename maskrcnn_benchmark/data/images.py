@@ -57,6 +57,18 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None, image_id: 
     raise DataError(f"{where} is {stored} (height x width), but its annotation file says {size[0]} x {size[1]}")
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of an image file, turned by its EXIF orientation; no pixel is decoded. Raises DataError."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged or not an image"
+        raise DataError(f"image {path} cannot be read: {reason}") from error
+    return (width, height) if turned else (height, width)
+
+
 def _decode(data: bytes, where: str) -> np.ndarray:
     if any(data.startswith(start) and not data.endswith(end) for start, end in _ENDS.items()):
         # OpenCV 4 fills the missing part of a truncated file with gray and reports no error; PIL refuses it.

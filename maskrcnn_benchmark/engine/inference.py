@@ -81,7 +81,7 @@ def evaluate_model(
             write_atomically(path, lambda file, text=text: file.write(text.encode()))
             pictures = output / "predictions" / (path.stem if len(datasets) > 1 else "")
             draw_pictures(dataset, results, pictures, cfg.LOGGING.PREDICTION_IMAGES)
-            score = evaluate(dataset.annotation_file, results, tasks, cfg.TEST.EVALUATOR, dataset.image_ids)
+            score = evaluate(dataset.ground_truth(), results, tasks, cfg.TEST.EVALUATOR, dataset.image_ids)
         score = distributed.broadcast(score)
         score |= {"images": len(dataset), "eval_seconds": time.perf_counter() - started}
         if scores:
