@@ -45,9 +45,7 @@ class RandomExpand:
     Args: ratio: most; prob: of it; fill_value: RGB color of the canvas.
     """
 
-    def __init__(
-        self, ratio: float = 4.0, prob: float = 0.5, fill_value: float | Sequence[float] = MEAN_COLOR
-    ) -> None:
+    def __init__(self, ratio: float = 4.0, prob: float = 0.5, fill_value: float | Sequence[float] = MEAN_COLOR) -> None:
         self.ratio, self.prob = number("RandomExpand ratio", ratio, 1), number("RandomExpand prob", prob, 0, 1)
         self.fill = color("RandomExpand fill_value", fill_value)
 

@@ -21,9 +21,7 @@ def resize(sample: Sample, height: int, width: int) -> Sample:
     if (height, width) == sample.size:
         return sample
     shrinks = height < sample.size[0] or width < sample.size[1]
-    image = cv2.resize(
-        sample.image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    )
+    image = cv2.resize(sample.image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     matrix = np.diag([width / sample.size[1], height / sample.size[0]])
     bitmaps = sample.bitmaps
     if bitmaps is not None:

@@ -56,7 +56,9 @@ class Compose:
             elif draw is not None:
                 sample = transform(sample, rng, draw)
             else:
-                raise ConfigError(f"{type(transform).__name__} mixes images of a data set, and here is none: leave it out")
+                raise ConfigError(
+                    f"{type(transform).__name__} mixes images of a data set, and here is none: leave it out"
+                )
         return clip_to_image(sample)
 
     @property
@@ -117,9 +119,7 @@ class Resize:
         keep_ratio: False stretches to (width, height) exactly instead.
     """
 
-    def __init__(
-        self, img_scale: Sequence[Any], keep_ratio: bool = True, multiscale_mode: str = "range"
-    ) -> None:
+    def __init__(self, img_scale: Sequence[Any], keep_ratio: bool = True, multiscale_mode: str = "range") -> None:
         scales = img_scale if isinstance(img_scale[0], Sequence) else [img_scale]
         self.scales = [tuple(number("Resize img_scale", side, 1) for side in scale) for scale in scales]
         self.keep_ratio = keep_ratio
