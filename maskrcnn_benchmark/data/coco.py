@@ -314,7 +314,9 @@ class _Packer:
             raise _Unusable("zero_area")
         return bbox
 
-    def finish(self, image_ids: list[int], sizes: np.ndarray, category_ids: list[int]) -> tuple[PackedObjects, np.ndarray]:
+    def finish(
+        self, image_ids: list[int], sizes: np.ndarray, category_ids: list[int]
+    ) -> tuple[PackedObjects, np.ndarray]:
         """The usable annotations by image, an image's crowds last, and the image index of each.
 
         Raises DataError: an image or category that is not there.
