@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from ..errors import DataError
 
 CHUNK = 1 << 20  # characters
+_NUMBER = ("", *"0123456789.eE+-")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -101,7 +102,8 @@ class _Window:
                 if not self._read_on(chunk):
                     raise
             else:
-                if end < len(self.text) or not self._read_on(chunk):  # a number might go on
+                cut_off = self.text[end : end + 1] in _NUMBER  # a number may go on, as 1 in 1.5 or in 12
+                if not cut_off or not self._read_on(chunk):
                     self.at = end
                     return value
             chunk *= 2
