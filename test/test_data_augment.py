@@ -142,6 +142,16 @@ def test_mirrored_keypoints_change_places():
     np.testing.assert_allclose(turned.keypoints[0, :3], [[70, 40, 2], [58, 40, 2], [82, 40, 2]], atol=1e-3)
 
 
+def test_a_quarter_turn_moves_whole_pixels():
+    """Pixel centres lie at .5: half a pixel off, a turned image would be blurred."""
+    sample = picture([((30, 40), (12, 10))], (80, 80))
+    sample.image = rng().integers(0, 256, (80, 80, 3), np.uint8)
+    quarter = {"type": "Rotate", "level": 10, "prob": 1, "max_rotate_angle": 90, "random_negative_prob": 0}
+    result = Compose([quarter])(sample, rng())
+    np.testing.assert_array_equal(result.image, np.rot90(sample.image, -1))
+    np.testing.assert_allclose(result.boxes, [[30, 18, 50, 42]], atol=1e-3)
+
+
 def test_cut_at_the_border_by_hand():
     """A triangle whose right half lies outside: new corners where its sides cross the border."""
     sample = picture([((30, 40), (10, 10))])

@@ -9,7 +9,7 @@ times every operator at the sizes of an 800 x 1344 training pair, ours and torch
   torchrun --nproc-per-node 8 tools/benchmark.py train --batch 16 --config-file configs/e2e_mask_rcnn_R_50_FPN_1x.yaml
   python tools/benchmark.py train --data real --config-file configs/quickstart.yaml DATA.PATH my_data
   python tools/benchmark.py data --config-file configs/quickstart.yaml DATA.PATH my_data      the loader alone
-  python tools/benchmark.py data --against torchvision --against detectron2 --config-file configs/quickstart.yaml DATA.PATH my_data
+  python tools/benchmark.py data --against detectron2 --config-file configs/quickstart.yaml DATA.PATH my_data
   python tools/benchmark.py eval                                                              COCO evaluation alone
 
   python tools/benchmark.py run configs/benchmark/cpu_quick.yaml --out base.json      a suite, in fresh processes
@@ -160,8 +160,8 @@ def add_data(subparsers: argparse._SubParsersAction) -> None:
         "data",
         help="time the data loader",
         description="Times the training loader of the configuration's data sets alone, with its worker processes; and"
-        " its stages one by one in this process: read, transform, collate, copy to the device. --against times what one"
-        " worker does, from files to training samples, and the same steps of a peer's loader, in turns in this process.",
+        " its stages one by one in this process: read, transform, collate, copy to the device. --against times what"
+        " one worker does, from files to samples, and the same steps of a peer's loader, in turns in this process.",
     )
     parser.add_argument("--config-file", required=True, metavar="YAML", help="names the data sets and transforms")
     parser.add_argument(

@@ -26,8 +26,8 @@ Produce = Callable[[int], Any]
 
 
 def torchvision_references(dataset: CocoDataset, short: int, longest: int) -> Produce:
-    """references/detection: CocoDetection, ConvertCocoPolysToMask, RandomShortestSize of the image, RandomHorizontalFlip,
-    PILToTensor and the conversion to float; masks are bitmaps."""
+    """references/detection: CocoDetection, ConvertCocoPolysToMask, RandomShortestSize of the image,
+    RandomHorizontalFlip, PILToTensor and the conversion to float; masks are bitmaps."""
     by_image = _annotations(dataset)
 
     def produce(index: int) -> tuple[Tensor, dict[str, Tensor]]:

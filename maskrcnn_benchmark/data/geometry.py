@@ -1,7 +1,7 @@
 """What may happen to an image's geometry: each function moves boxes, masks and keypoints with the pixels.
 
-Everything is an affine map of points, x' = A x + b, in pixels whose first one covers 0..1. What reaches beyond the image
-afterwards is cut off by `cut_to_image`.
+Everything is an affine map of points, x' = A x + b, in pixels whose first one covers 0..1. What reaches beyond the
+image afterwards is cut off by `cut_to_image`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def warp(sample: Sample, matrix: np.ndarray, shift: np.ndarray, fill: tuple[int,
 def _move(
     sample: Sample, matrix: np.ndarray, shift: tuple[float, float], image: np.ndarray, bitmaps: np.ndarray | None
 ) -> Sample:
-    """Boxes, polygons and keypoints through x' = matrix x + shift, beside the image and bitmaps that went through it."""
+    """Boxes, polygons and keypoints through x' = matrix x + shift, beside the image and bitmaps that went already."""
     matrix, shift = np.asarray(matrix, np.float32), np.asarray(shift, np.float32)
     corners = sample.boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]] @ matrix.T + shift
     boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)

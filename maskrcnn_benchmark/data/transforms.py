@@ -1,7 +1,7 @@
 """What turns a Sample into a training or test input: Compose, resizing, and every transform by its name.
 
-In yaml, INPUT.TRANSFORMS is a list of mappings, `{type: RandomExpand, ratio: 2}`; in Python, Compose takes transforms or
-the same mappings. Names and arguments are PaddleX's, or mmdetection's where only it has the transform.
+In yaml, INPUT.TRANSFORMS is a list of mappings, `{type: RandomExpand, ratio: 2}`; in Python, Compose takes transforms
+or the same mappings. Names and arguments are PaddleX's, or mmdetection's where only it has the transform.
 """
 
 from __future__ import annotations
