@@ -215,7 +215,7 @@ def test_transforms_from_the_configuration():
     values = ["INPUT.MIN_SIZE_TRAIN", "(300, 400)", "INPUT.MAX_SIZE_TRAIN", "500", "INPUT.MIN_SIZE_TEST", "200"]
     values += ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.HORIZONTAL_FLIP_PROB_TRAIN", "0.25"]
     cfg = get_config(None, [*values, "INPUT.MAX_SIZE_TEST", "250"])
-    resize, flip = build_transforms(cfg, training=True).transforms
+    flip, resize = build_transforms(cfg, training=True).transforms
     assert (resize.sizes, resize.max_size, resize.sampling, flip.prob) == ((300, 400), 500, "range", 0.25)
     (resize,) = build_transforms(cfg, training=False).transforms
     assert (resize.sizes, resize.max_size) == ((200,), 250)

@@ -10,6 +10,7 @@ times every operator at the sizes of an 800 x 1344 training pair, ours and torch
   python tools/benchmark.py train --data real --config-file configs/quickstart.yaml DATA.PATH my_data
   python tools/benchmark.py data --config-file configs/quickstart.yaml DATA.PATH my_data      the loader alone
   python tools/benchmark.py data --data synthetic --size 480x640                              the same on drawn images
+  python tools/benchmark.py data --against detectron2 --config-file configs/quickstart.yaml DATA.PATH my_data
   python tools/benchmark.py eval                                                              COCO evaluation alone
 
   python tools/benchmark.py run configs/benchmark/cpu_quick.yaml --out base.json      a suite, in fresh processes
@@ -38,6 +39,7 @@ import torch
 from maskrcnn_benchmark import command, ops
 from maskrcnn_benchmark.benchmark import (
     accuracy,
+    data_peers,
     environment,
     history,
     loading,
@@ -159,7 +161,8 @@ def add_data(subparsers: argparse._SubParsersAction) -> None:
         "data",
         help="time the data loader",
         description="Times the training loader of the configuration's data sets alone, with its worker processes; and"
-        " its stages one by one in this process: read, transform, collate, copy to the device.",
+        " its stages one by one in this process: read, transform, collate, copy to the device. --against times what"
+        " one worker does, from files to samples, and the same steps of a peer's loader, in turns in this process.",
     )
     parser.add_argument(
         "--config-file", metavar="YAML", help=f"names the data sets and transforms (default {peers.CONFIG})"
@@ -172,6 +175,12 @@ def add_data(subparsers: argparse._SubParsersAction) -> None:
         "--size", type=image_size, default="480x640", metavar="HxW", help="of synthetic images (default 480x640)"
     )
     parser.add_argument("--images", type=positive, default=64, metavar="N", help="synthetic ones (default 64)")
+    parser.add_argument(
+        "--against",
+        choices=data_peers.PEERS,
+        action="append",
+        help="a peer whose loader is timed beside one worker of ours; several times for several",
+    )
     parser.add_argument("--device", help="where the batches go; replaces MODEL.DEVICE")
     parser.add_argument("--batch", type=positive, default=16, metavar="N", help="images over all ranks (default 16)")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="measured batches (default 20)")
@@ -333,6 +342,13 @@ def run_data(args: argparse.Namespace) -> int:
     overrides = ["SOLVER.IMS_PER_BATCH", str(args.batch), *args.overrides, *ONE_BATCH]
     cfg = get_config(args.config_file or suites.ROOT / peers.CONFIG, overrides)
     device = get_device(args.device or cfg.MODEL.DEVICE)
+    if args.against:
+        result = started_result(device, 1)
+        case = loading.run_against(cfg, args.against, args.batch, args.steps, args.warmup)
+        print("\n".join(loading.summary_against(case)), flush=True)
+        if args.out:
+            results.write(args.out, result | {"cases": [case]})
+        return 0
     with distributed.process_group(device):
         result = started_result(device, distributed.world_size())
         if args.data == "synthetic":

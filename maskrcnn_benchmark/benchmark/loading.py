@@ -5,22 +5,28 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from yacs.config import CfgNode
 
 from ..config import flat, sha256
 from ..data.catalog import build_dataset
+from ..data.coco import CocoDataset
 from ..data.loader import collate, train_loader
 from ..data.synthetic import generate
 from ..data.transforms import build_transforms
 from ..device import Device
 from ..engine import distributed
+from ..errors import UserError
+from .data_peers import PEERS
 from .results import metric
 from .steps import DATA, Phases, measure, over_ranks, step_metrics
+from .timing import Plan, interleave, ratio_of_medians
 
 
 def run(cfg: CfgNode, device: Device, steps: int, warmup: int) -> dict[str, Any] | None:
@@ -89,6 +95,60 @@ def stages(cfg: CfgNode, device: Device, dataset, batch: int) -> Phases:
         "collate": lambda samples: collate(samples, divisibility, shapes, bucketed),
         "copy": lambda parts: [part.to(device.torch_device) for part in parts],
     }
+
+
+def run_against(cfg: CfgNode, peers: Sequence[str], batch: int, steps: int, warmup: int) -> dict[str, Any]:
+    """The case of training samples that one thread makes from files, ours and the peers' in turns: decoded, resized to
+    INPUT.MIN_SIZE_TRAIN, flipped, with their masks. A round is `batch` images, the same for all sides.
+
+    Raises UserError where the transforms are not those that the peers have, or there are several data sets.
+    """
+    dataset = build_dataset(cfg.DATASETS.TRAIN, cfg, training=True)
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    if cfg.INPUT.TRANSFORMS or len(sizes) != 1 or cfg.INPUT.HORIZONTAL_FLIP_PROB_TRAIN != 0.5 or not cfg.MODEL.MASK_ON:
+        raise UserError(
+            "--against: the peers resize to one short side, flip half of the images and read masks: set one"
+            " INPUT.MIN_SIZE_TRAIN, HORIZONTAL_FLIP_PROB_TRAIN 0.5 and MODEL.MASK_ON True, and leave TRANSFORMS empty"
+        )
+    if not isinstance(dataset, CocoDataset):
+        raise UserError("--against: the peers read one whole COCO data set: name one in DATASETS.TRAIN")
+    transforms, rng = build_transforms(cfg, training=True), np.random.default_rng(cfg.SEED % 2**63)
+    sides = {"ours": lambda index: transforms(dataset.load(index), rng)}
+    sides |= {name: PEERS[name](dataset, sizes[0], cfg.INPUT.MAX_SIZE_TRAIN) for name in peers}
+    cv2.setNumThreads(0)  # as in a worker
+    torch.set_num_threads(1)
+    rounds = {name: itertools.cycle(range(len(dataset))) for name in sides}
+    functions = {
+        name: lambda name=name, make=make: [make(index) for index in itertools.islice(rounds[name], batch)]
+        for name, make in sides.items()
+    }
+    samples = interleave(functions, lambda: None, Plan(warmup=warmup, repeats=steps))
+    metrics = {
+        f"{name}_images_per_second": metric([batch / ns * 1e9 for ns in times], "images/s", "higher")
+        for name, times in samples.items()
+    }
+    return {
+        "name": f"one worker's samples {'+'.join(cfg.DATASETS.TRAIN)} short side {sizes[0]}",
+        "kind": "data",
+        "dtype": "uint8",
+        "config_sha256": sha256(cfg),
+        "warmup": warmup,
+        "work": {"data": "real", "constant": False, "batch": batch, "images": len(dataset)},
+        "metrics": metrics,
+        "ratios": {name: ratio_of_medians(samples[name], samples["ours"]) for name in peers},
+    }
+
+
+def summary_against(case: dict[str, Any]) -> list[str]:
+    lines = [f"{case['name']}, one thread, images/s:"]
+    for name, content in case["metrics"].items():
+        side = name.removesuffix("_images_per_second")
+        line = f"  {side:12} {content['p50']:7.1f}"
+        if side in case["ratios"]:
+            ratio, low, high = case["ratios"][side]
+            line += f"   ours {ratio:.1f} times as fast, 95% interval {low:.1f}..{high:.1f}"
+        lines.append(line)
+    return lines
 
 
 def summary(case: dict[str, Any]) -> list[str]:

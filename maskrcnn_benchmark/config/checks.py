@@ -66,6 +66,7 @@ LISTS = {
     "INPUT.PIXEL_MEAN": (NUMBER, 1, False),
     "INPUT.PIXEL_STD": (NUMBER, 1, True),
     "INPUT.FIXED_SHAPES": ((tuple, list), 0, False),
+    "INPUT.TRANSFORMS": (dict, 0, False),
     "MODEL.RPN.ANCHOR_SIZES": (NUMBER, 1, True),
     "MODEL.RPN.ANCHOR_STRIDE": (int, 1, True),
     "MODEL.RPN.ASPECT_RATIOS": (NUMBER, 1, True),

@@ -189,6 +189,10 @@ _C.INPUT.HORIZONTAL_FLIP_PROB_TRAIN = 0.5
 # (+) Pad every batch to the smallest of these (height, width) that holds it, e.g. ((800, 1344), (1344, 800))
 _C.INPUT.FIXED_SHAPES = ()
 
+# (+) What is done to training images instead of the resize and flip above: a list of transforms, see docs/data.md, e.g.
+# [{type: RandomDistort}, {type: ResizeByShort, short_size: [640, 800]}, {type: RandomHorizontalFlip}]
+_C.INPUT.TRANSFORMS = []
+
 _C.DATASETS = CN()
 # Names in the catalogue (data/catalog.py), FORMAT://PATH or module:Class (docs/data.md)
 _C.DATASETS.TRAIN = ()

@@ -8,7 +8,8 @@ import math
 import os
 from array import array
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..ops.masks import sound_rle
-from .content import Source, read_json
+from .content import Source
 from .images import read_image
-from .transforms import Polygons, Sample
+from .json_stream import read_elements
+from .sample import Polygons, Sample, offsets_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,9 @@ PROBLEMS = {
     "bad_rle": "have an RLE that is damaged or not of their image's size, and are dropped",
     "no_mask": "have no usable mask and are dropped",
 }
+LISTS = ("images", "annotations", "categories")
+GROUPS_AT_ONCE = 1 << 16
+_IMAGE_KEYS = ("id", "file_name", "height", "width")
 _STANDARD_KEYS = {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
 
 
@@ -109,19 +114,28 @@ class CocoDataset:
         self.annotation_file, self.image_dir = str(annotation_file), str(image_dir)
         self.training, self.masks = training, masks
         self._in_coco_file = content is None
-        content = read_coco(self.annotation_file) if content is None else content
-        categories = _read_categories(content["categories"], self.annotation_file)
-        self.category_ids = sorted(categories)
-        self.category_names = [categories[i] for i in self.category_ids]
-        self.num_classes = len(categories) + 1
-        self._read_images(content["images"])
+        images, categories = [], []
+        packer = _Packer(self.annotation_file, masks)
+        take = {
+            "images": lambda image: images.append({key: image.get(key) for key in _IMAGE_KEYS}),
+            "categories": categories.append,
+            "annotations": packer.add,
+        }
+        for key, entry in _entries(content, self.annotation_file):
+            take[key](entry)
+        names = _read_categories(categories, self.annotation_file)
+        self.category_ids = sorted(names)
+        self.category_names = [names[i] for i in self.category_ids]
+        self.num_classes = len(names) + 1
+        self._read_images(images)
         check_files(self.image_dir, self.file_names, self.annotation_file)
-        self._read_annotations(content["annotations"])
+        self._objects, image_of = packer.finish(self.image_ids, self.sizes, self.category_ids)
+        self._offsets = np.searchsorted(image_of, np.arange(len(self) + 1))
+        self.counts = np.bincount(image_of[~self._objects.crowds.numpy().astype(bool)], minlength=len(self))
+        self.warnings = dict(packer.warnings)
         self._log_warnings()
         if training and not self.counts.any():
-            raise DataError(
-                f"{self.annotation_file}: none of its {len(content['annotations'])} annotations can be trained on"
-            )
+            raise DataError(f"{self.annotation_file}: none of its {packer.seen} annotations can be trained on")
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -200,118 +214,82 @@ class CocoDataset:
         if duplicate := _first_duplicate(self.image_ids):
             raise DataError(f"{where}: image id {duplicate[0]} is given twice")
 
-    def _read_annotations(self, annotations: list[dict]) -> None:
-        """Packs the usable annotations, and notes what is wrong with the others."""
-        index_of = {image_id: index for index, image_id in enumerate(self.image_ids)}
-        label_of = {category_id: label for label, category_id in enumerate(self.category_ids, start=1)}
-        for number, a in enumerate(annotations):
-            self._check_references(number, a, index_of, label_of)
-        self.warnings: dict[str, list[int]] = defaultdict(list)
-        seen: set[int] = set()
-        packer = _Packer(self.annotation_file, self.masks, self.warnings)
-        kept = np.zeros((2, len(self)), np.int64)
-        for a in sorted(annotations, key=lambda a: (index_of[a["image_id"]], bool(a.get("iscrowd", 0)))):
-            if a["id"] in seen:
-                self.warnings["duplicate_id"].append(a["id"])
-            seen.add(a["id"])
-            index = index_of[a["image_id"]]
-            kept[int(bool(a.get("iscrowd", 0))), index] += packer.add(a, label_of[a["category_id"]], self.sizes[index])
-        self.warnings = dict(self.warnings)
-        self.counts = kept[0]
-        self._offsets = np.concatenate([[0], np.cumsum(kept.sum(axis=0))])
-        self._objects = packer.finish()
-
-    def _check_references(self, number: int, annotation: dict, index_of: dict, label_of: dict) -> None:
-        where = self.annotation_file
-        for key in ("id", "image_id", "category_id"):
-            value = annotation.get(key)
-            if type(value) is not int or abs(value) >= 2**63:
-                raise DataError(f"{where}: annotations[{number}] needs {key}, a whole number of 64 bits, not {value!r}")
-        if annotation["image_id"] not in index_of:
-            raise DataError(
-                f"{where}: annotation id {annotation['id']} belongs to image id {annotation['image_id']},"
-                " which is not in its list of images"
-            )
-        if annotation["category_id"] not in label_of:
-            raise DataError(
-                f"{where}: annotation id {annotation['id']} has category id {annotation['category_id']}, which is not"
-                f" in its list of categories ({_short_list(label_of)})"
-            )
-
     def _log_warnings(self) -> None:
         for kind, ids in self.warnings.items():
             first = ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
             logger.warning("%s: %d annotations %s (ids %s)", self.annotation_file, len(ids), PROBLEMS[kind], first)
 
 
-@dataclass
 class _Packer:
-    """Appends annotations to flat arrays; what cannot be used is noted in `warnings` instead."""
+    """Appends annotations to flat arrays; what cannot be used is noted in `warnings` instead. It knows nothing of
+    images and categories until `finish`: a COCO file lists its categories last.
 
-    file: str
-    masks: bool
-    warnings: dict[str, list[int]]
-    ids: array = field(default_factory=lambda: array("q"))
-    labels: array = field(default_factory=lambda: array("q"))
-    boxes: array = field(default_factory=lambda: array("f"))
-    areas: array = field(default_factory=lambda: array("d"))
-    crowds: array = field(default_factory=lambda: array("B"))
-    points: array = field(default_factory=lambda: array("f"))
-    polygon_offsets: array = field(default_factory=lambda: array("q", [0]))
-    instance_offsets: array = field(default_factory=lambda: array("q", [0]))
-    rle: array = field(default_factory=lambda: array("B"))
-    rle_offsets: array = field(default_factory=lambda: array("q", [0]))
-    extras: array = field(default_factory=lambda: array("B"))
-    extras_offsets: array = field(default_factory=lambda: array("q", [0]))
+    columns: one number or more an annotation. ragged: values and, an annotation or polygon each, where they end.
+    """
 
-    def add(self, annotation: dict, label: int, size: np.ndarray) -> bool:
-        """Whether the annotation was usable. size: (height, width) of its image."""
-        height, width = size.tolist()
+    def __init__(self, file: str, masks: bool) -> None:
+        self.file, self.masks = file, masks
+        self.warnings: dict[str, list[int]] = defaultdict(list)
+        self.seen = 0
+        self.all_ids = array("q")
+        whole, real, byte = "q", "d", "B"
+        self.ids, self.images, self.categories = array(whole), array(whole), array(whole)
+        self.bounds, self.areas, self.crowds = array(real), array(real), array(byte)
+        self.points, self.polygon_ends, self.instance_ends = array("f"), array(whole, [0]), array(whole, [0])
+        self.rle, self.rle_ends, self.rle_sizes = array(byte), array(whole, [0]), array(whole)
+        self.extras, self.extras_ends = array(byte), array(whole, [0])
+
+    def add(self, annotation: dict) -> None:
+        """Raises DataError: ids that are none, values of wrong types."""
+        for key in ("id", "image_id", "category_id"):
+            value = annotation.get(key)
+            if type(value) is not int or abs(value) >= 2**63:
+                raise DataError(
+                    f"{self.file}: annotations[{self.seen}] needs {key}, a whole number of 64 bits, not {value!r}"
+                )
+        self.seen += 1
+        self.all_ids.append(annotation["id"])
         try:
-            polygons, rle = self._segmentation(annotation, height, width)
-            box = self._box(annotation, polygons, rle, height, width)
+            polygons, rle = self._segmentation(annotation)
+            x, y, w, h = self._bbox(annotation, polygons, rle)
             area = math.nan if annotation.get("area") is None else float(annotation["area"])
+            self.bounds.extend((x, y, x + w, y + h))
         except _Unusable as problem:
             self.warnings[str(problem)].append(annotation["id"])
-            return False
+            polygons, rle, area = [], None, math.nan
+            self.bounds.extend((math.nan,) * 4)  # dropped by finish, which checks whose it is
         except (TypeError, ValueError, KeyError) as error:
             raise DataError(
                 f"{self.file}: annotation id {annotation['id']}: bbox must be [x, y, width, height], and segmentation"
                 f" polygons [[x, y, x, y, ...], ...] or an RLE {{size, counts}}, and area a number:"
                 f" {type(error).__name__} {error}"
             ) from error
+        self._append(annotation, polygons if self.masks else [], rle if self.masks else None, area)
+
+    def _append(self, annotation: dict, polygons: list[list[float]], rle: dict | None, area: float) -> None:
         self.ids.append(annotation["id"])
-        self.labels.append(label)
-        self.boxes.extend(box)
+        self.images.append(annotation["image_id"])
+        self.categories.append(annotation["category_id"])
         self.areas.append(area)
         self.crowds.append(bool(annotation.get("iscrowd", 0)))
-        for polygon in polygons if self.masks else ():
+        for polygon in polygons:
             self.points.extend(polygon)
-            self.polygon_offsets.append(len(self.points) // 2)
-        self.instance_offsets.append(len(self.polygon_offsets) - 1)
-        self.rle.frombytes(rle if self.masks else b"")
-        self.rle_offsets.append(len(self.rle))
+            self.polygon_ends.append(len(self.points) // 2)
+        self.instance_ends.append(len(self.polygon_ends) - 1)
+        self.rle.frombytes(rle["counts"].encode() if rle else b"")
+        self.rle_ends.append(len(self.rle))
+        self.rle_sizes.extend(rle["size"] if rle else (0, 0))
         if extras := {key: value for key, value in annotation.items() if key not in _STANDARD_KEYS}:
             self.extras.frombytes(json.dumps(extras).encode())
-        self.extras_offsets.append(len(self.extras))
-        return True
+        self.extras_ends.append(len(self.extras))
 
-    def finish(self) -> PackedObjects:
-        tensors = {}
-        for name in PackedObjects.__dataclass_fields__:
-            values = getattr(self, name)
-            tensors[name] = torch.from_numpy(np.array(values, dtype=values.typecode))
-        tensors["boxes"] = tensors["boxes"].view(-1, 4)
-        tensors["points"] = tensors["points"].view(-1, 2)
-        return PackedObjects(**tensors)
-
-    def _segmentation(self, annotation: dict, height: int, width: int) -> tuple[list[list[float]], bytes]:
+    def _segmentation(self, annotation: dict) -> tuple[list[list[float]], dict | None]:
         """Usable polygons, or a compressed RLE; one of them at least when masks are wanted."""
         segmentation = annotation.get("segmentation") or []
         if not self.masks and annotation.get("bbox") is not None:
-            return [], b""
+            return [], None
         if isinstance(segmentation, dict):
-            return [], _compress(segmentation, height, width)
+            return [], _compress(segmentation)
         if isinstance(segmentation[0] if segmentation else None, (int, float)):
             segmentation = [segmentation]  # one polygon without the outer list, which pycocotools takes too
         if not all(math.isfinite(sum(polygon)) for polygon in segmentation):
@@ -321,46 +299,137 @@ class _Packer:
             self.warnings["bad_polygon"].append(annotation["id"])
         if self.masks and not polygons:
             raise _Unusable("no_mask")
-        return polygons, b""
+        return polygons, None
 
-    def _box(self, annotation: dict, polygons: list[list[float]], rle: bytes, height: int, width: int) -> list[float]:
-        """xyxy, clipped to the image."""
+    def _bbox(self, annotation: dict, polygons: list[list[float]], rle: dict | None) -> list[float]:
+        """x, y, width, height, as the annotation says or around its segmentation."""
         bbox = annotation.get("bbox")
         if bbox is None:
             self.warnings["missing_bbox"].append(annotation["id"])
-            bbox = _bounds(polygons, rle, height, width)
+            bbox = _bounds(polygons, rle)
         x, y, w, h = bbox
         if not math.isfinite(x + y + w + h):
             raise _Unusable("not_finite")
         if w <= 0 or h <= 0:
             raise _Unusable("zero_area")
-        box = [max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height)]
-        if box[0] >= box[2] or box[1] >= box[3]:
-            raise _Unusable("outside")
-        if min(x, y, width - x - w, height - y - h) < -1:
-            self.warnings["clipped"].append(annotation["id"])
-        return box
+        return bbox
+
+    def finish(
+        self, image_ids: list[int], sizes: np.ndarray, category_ids: list[int]
+    ) -> tuple[PackedObjects, np.ndarray]:
+        """The usable annotations by image, an image's crowds last, and the image index of each.
+
+        Raises DataError: an image or category that is not there.
+        """
+        ids, crowds = np.array(self.ids, np.int64), np.array(self.crowds, np.uint8)
+        image_of = self._lookup(self.images, np.array(image_ids, np.int64), "image")
+        labels = 1 + self._lookup(self.categories, np.array(category_ids, np.int64), "category")
+        boxes = np.array(self.bounds, np.float64).reshape(-1, 4)
+        keep = self._usable(ids, boxes, sizes[image_of])
+        order = np.flatnonzero(keep)
+        order = order[np.lexsort((crowds[order], image_of[order]))]
+        limits = sizes[image_of[order]][:, [1, 0, 1, 0]]
+        points, polygon_offsets, instance_offsets = self._polygons(order)
+        rle, rle_offsets = take_ragged(self.rle, self.rle_ends, order)
+        extras, extras_offsets = take_ragged(self.extras, self.extras_ends, order)
+        columns = {
+            "ids": ids[order],
+            "labels": labels[order],
+            "boxes": boxes[order].clip(0, limits).astype(np.float32),
+            "areas": np.array(self.areas, np.float64)[order],
+            "crowds": crowds[order],
+            "points": points.reshape(-1, 2),
+            "polygon_offsets": polygon_offsets,
+            "instance_offsets": instance_offsets,
+            "rle": rle,
+            "rle_offsets": rle_offsets,
+            "extras": extras,
+            "extras_offsets": extras_offsets,
+        }
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in columns.items()}
+        return PackedObjects(**tensors), image_of[order]
+
+    def _lookup(self, wanted: array, known: np.ndarray, kind: str) -> np.ndarray:
+        """Where in `known` each of the wanted ids is."""
+        wanted, order = np.array(wanted, np.int64), np.argsort(known)
+        places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+        missing = np.flatnonzero(known[places] != wanted)
+        if len(missing):
+            verb, where = ("belongs to", "images") if kind == "image" else ("has", "categories")
+            raise DataError(
+                f"{self.file}: annotation id {self.ids[missing[0]]} {verb} {kind} id {wanted[missing[0]]}, which is not"
+                f" in its list of {where} ({_short_list(sorted(known.tolist()))})"
+            )
+        return places
+
+    def _usable(self, ids: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Which annotations stay, [A] bool; notes what is wrong with the others, and whose box is clipped."""
+        sane = ~np.isnan(boxes[:, 0])
+        rle_sizes = np.array(self.rle_sizes, np.int64).reshape(-1, 2)
+        other_size = sane & rle_sizes.any(axis=1) & (rle_sizes != sizes).any(axis=1)
+        limits = sizes[:, [1, 0]]
+        clipped = np.concatenate([boxes[:, :2].clip(0), np.minimum(boxes[:, 2:], limits)], axis=1)
+        outside = sane & ~other_size & (clipped[:, :2] >= clipped[:, 2:]).any(axis=1)
+        keep = sane & ~other_size & ~outside
+        beyond = keep & (np.concatenate([boxes[:, :2], limits - boxes[:, 2:]], axis=1) < -1).any(axis=1)
+        every = np.array(self.all_ids, np.int64)
+        order = np.argsort(every, kind="stable")
+        repeated = np.sort(order[1:][np.diff(every[order]) == 0])
+        for kind, found in (
+            ("duplicate_id", every[repeated]),
+            ("bad_rle", ids[other_size]),
+            ("outside", ids[outside]),
+            ("clipped", ids[beyond]),
+        ):
+            if len(found):
+                self.warnings[kind] += found.tolist()
+        return keep
+
+    def _polygons(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """points, polygon_offsets and instance_offsets of these annotations."""
+        ends = np.array(self.polygon_ends, np.int64)
+        polygons, instance_offsets = take_ragged(np.arange(len(ends) - 1), self.instance_ends, order)
+        points, polygon_offsets = take_ragged(np.asarray(self.points).view(np.complex64), ends, polygons)
+        return points.view(np.float32), polygon_offsets, instance_offsets
+
+
+def take_ragged(values: Any, ends: Any, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Group g is values[ends[g]:ends[g + 1]]. The groups in this order, one after the other, and their offsets."""
+    values, ends = np.asarray(values), np.asarray(ends)
+    counts = np.diff(ends)[order]
+    offsets = offsets_of(counts)
+    taken = np.empty(offsets[-1], values.dtype)
+    for first in range(0, len(order), GROUPS_AT_ONCE):  # the indices take more memory than what they point to
+        part = slice(first, first + GROUPS_AT_ONCE)
+        start, end = offsets[first], offsets[min(first + GROUPS_AT_ONCE, len(order))]
+        shift = np.repeat(ends[order[part]] - offsets[:-1][part], counts[part])
+        taken[start:end] = values[shift + np.arange(start, end)]
+    return taken, offsets
 
 
 class _Unusable(Exception):
     """An annotation to drop; the message is the kind of problem."""
 
 
-def _bounds(polygons: list[list[float]], rle: bytes, height: int, width: int) -> list[float]:
+def _bounds(polygons: list[list[float]], rle: dict | None) -> list[float]:
     """[x, y, width, height] around a segmentation."""
     if rle:
-        return coco_mask.toBbox({"size": [height, width], "counts": rle}).tolist()
+        return coco_mask.toBbox(rle).tolist()
     if not polygons:
         raise _Unusable("no_mask")
     xs, ys = [x for p in polygons for x in p[::2]], [y for p in polygons for y in p[1::2]]
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
-def _compress(rle: dict, height: int, width: int) -> bytes:
-    sound = sound_rle(rle, height, width)
+def _compress(rle: dict) -> dict:
+    """With "counts" as compressed text. Its size is compared with the image's when that is known."""
+    size = rle.get("size")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise _Unusable("bad_rle")
+    sound = sound_rle(rle, *size)
     if sound is None:
         raise _Unusable("bad_rle")
-    return sound[0]["counts"].encode()
+    return sound[0]
 
 
 def content_of(dataset: Any) -> dict[str, Any]:
@@ -383,13 +452,39 @@ def read(path: Path, images: str = "") -> Source:
 
 
 def read_coco(path: str) -> dict[str, Any]:
-    """The JSON of a COCO file, with lists of objects under images, annotations and categories."""
-    content = read_json(Path(path))
-    for key in ("images", "annotations", "categories"):
-        entries = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise DataError(f"{path} is not a COCO instances file: it needs a list of objects named {key!r}")
+    """The lists images, annotations and categories of a COCO file, as Python objects."""
+    content: dict[str, Any] = {key: [] for key in LISTS}
+    for key, entry in _entries(None, path):
+        content[key].append(entry)
     return content
+
+
+def _entries(content: dict[str, Any] | None, path: str) -> Iterator[tuple[str, dict]]:
+    """(list, entry) of COCO's lists: in `content`, or else one after the other from the file.
+
+    Raises DataError: not readable, or a list is missing or none, or has entries that are no objects.
+    """
+    elements = read_elements(path) if content is None else _elements_of(content)
+    seen = set()
+    for key, place, entry in elements:
+        if key not in LISTS:
+            continue
+        seen.add(key)
+        if place is not None and isinstance(entry, dict):
+            yield key, entry
+        elif entry != []:
+            seen.discard(key)
+            break
+    for key in LISTS:
+        if key not in seen:
+            raise DataError(f"{path} is not a COCO instances file: it needs a list of objects named {key!r}")
+
+
+def _elements_of(content: dict[str, Any]) -> Iterator[tuple[str, int | None, Any]]:
+    for key in LISTS:
+        yield from ((key, place, entry) for place, entry in enumerate(content[key]))
+        if not content[key]:
+            yield key, None, []
 
 
 def check_files(image_dir: str, file_names: list[str], annotation_file: str) -> None:

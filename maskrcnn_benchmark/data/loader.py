@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from yacs.config import CfgNode
 
 from ..device import Device
+from ..device.base import Event
 from ..errors import ConfigError, DataError, UserError
 from ..structures import BitmapBatch, ImageBatch, PolygonBatch, Targets
 from .coco import CocoDataset
 from .samplers import InferenceSampler, TrainSampler
+from .slots import Slots
 from .transforms import Compose, Sample, build_transforms, offsets_of
 
 # Epoch, place of the batch's first sample in the epoch over all ranks, image indices
 Job = tuple[int, int, list[int]]
+# Images, targets, and the shape [B, H, W, 3] of the pixels where they lie in the batch's slot instead
+Read = tuple[ImageBatch, Targets, tuple[int, ...] | None]
+# Batches that each worker prepares ahead; batches that may be on their way to the device meanwhile
+PREFETCH, IN_FLIGHT = 2, 3
 
 
 def collate(
@@ -31,6 +41,7 @@ def collate(
     size_divisibility: int,
     fixed_shapes: Sequence[tuple[int, int]],
     bucketed: bool = False,
+    new_pixels: Callable[[tuple[int, ...]], Tensor] | None = None,
 ) -> tuple[ImageBatch, Targets]:
     """Samples as one padded batch.
 
@@ -38,12 +49,15 @@ def collate(
     fixed_shapes: (height, width) pairs; when there are any, the smallest that holds every image is taken instead.
     bucketed: G and the lengths of packed polygons are rounded up to powers of two, at least 8, so that shapes repeat
         from batch to batch. The padding changes no result.
+    new_pixels: gives memory for [B, H, W, 3] uint8 of any value; None: fresh memory.
     Pixels are uint8 in channels-last memory. G is the greatest number of objects, at least 1. Masks are polygons, or
     bitmaps for the whole batch when a sample has bitmaps.
     Raises DataError when no fixed shape holds the images.
     """
     height, width = _padded_size(samples, size_divisibility, fixed_shapes)
-    pixels = np.zeros((len(samples), height, width, 3), np.uint8)
+    shape = (len(samples), height, width, 3)
+    # numpy's fresh memory comes in huge pages, with a fifth of the cost of torch's
+    pixels = torch.from_numpy(np.empty(shape, np.uint8)) if new_pixels is None else new_pixels(shape)
     most = max(1, *(len(sample.boxes) for sample in samples))
     most = _bucket(most) if bucketed else most
     boxes = np.zeros((len(samples), most, 4), np.float32)
@@ -51,10 +65,11 @@ def collate(
     valid = np.zeros((len(samples), most), bool)
     for row, sample in enumerate(samples):
         (h, w), count = sample.size, len(sample.boxes)
-        pixels[row, :h, :w] = sample.image
+        canvas = pixels[row].numpy()
+        canvas[:h, :w], canvas[h:], canvas[:h, w:] = sample.image, 0, 0
         boxes[row, :count], labels[row, :count], valid[row, :count] = sample.boxes, sample.labels, True
     images = ImageBatch(
-        torch.from_numpy(pixels).permute(0, 3, 1, 2),
+        pixels.permute(0, 3, 1, 2),
         torch.tensor([sample.size for sample in samples]),
         [sample.original_size for sample in samples],
         [sample.image_id for sample in samples],
@@ -87,8 +102,8 @@ def _collate_masks(samples: Sequence[Sample], most: int, height: int, width: int
     if any(sample.bitmaps is not None for sample in samples):
         bitmaps = np.zeros((len(samples), most, height, width), np.uint8)
         for row, sample in enumerate(samples):
-            (h, w), drawn = sample.size, sample.bitmaps
-            bitmaps[row, : len(sample.boxes), :h, :w] = sample.polygons.rasterize(h, w) if drawn is None else drawn
+            h, w = sample.size
+            bitmaps[row, : len(sample.boxes), :h, :w] = sample.drawn()
         return BitmapBatch(torch.from_numpy(bitmaps))
     polygons = [sample.polygons for sample in samples]
     owned = np.zeros((len(samples), most), np.int64)
@@ -129,27 +144,45 @@ class BatchReader(Dataset):
     seed: int
     bucketed: bool = False
 
-    def __getitem__(self, job: Job) -> tuple[ImageBatch, Targets] | UserError:
+    slots: Slots | None = None
+
+    def __getitem__(self, numbered: tuple[int, Job]) -> Read | UserError:
         """An error is returned, not raised: torch would wrap it in a traceback of many lines."""
-        epoch, first, indices = job
+        number, (epoch, first, indices) = numbered
         try:
             samples = []
             for place, index in enumerate(indices, start=first):
                 # Not the worker's generator: then the number of workers would change the images.
                 rng = np.random.default_rng((self.seed % 2**63, epoch, place))
-                samples.append(self.transforms(self.dataset.load(index), rng))
-            batch = collate(samples, self.size_divisibility, self.fixed_shapes, self.bucketed)
+                samples.append(self.transforms(self.dataset.load(index), rng, self._draw))
+            images, targets, shape = self._collate(samples, number)
+            if get_worker_info() is not None:
+                images, targets = images.share_memory(), targets.share_memory()
+            return images, targets, shape
         except UserError as error:
             return error
-        return batch if get_worker_info() is None else _share(batch)
+        except (RuntimeError, OSError) as error:
+            # Told here: where shared memory is full, torch's queue would lose the batch and wait forever.
+            if "shared memory" not in str(error):
+                raise
+            return _no_shared_memory(error)
+
+    def _collate(self, samples: Sequence[Sample], number: int) -> Read:
+        slots = self.slots
+        new_pixels = None if slots is None else partial(slots.view, number)
+        images, targets = collate(samples, self.size_divisibility, self.fixed_shapes, self.bucketed, new_pixels)
+        shape = tuple(images.pixels.permute(0, 2, 3, 1).shape)
+        if slots is None or not slots.holds(shape):
+            return images, targets, None
+        return replace(images, pixels=torch.empty(0)), targets, shape
+
+    def _draw(self, rng: np.random.Generator) -> Sample:
+        """Any image of the data set, for the transforms that mix two."""
+        return self.dataset.load(int(rng.integers(len(self.dataset))))
 
 
-def _share(batch: tuple[ImageBatch, Targets]) -> tuple[ImageBatch, Targets] | UserError:
-    """Moves a batch to shared memory here: where that is full, torch's queue would lose the batch and wait forever."""
-    try:
-        return tuple(part.share_memory() for part in batch)
-    except (RuntimeError, OSError) as error:
-        return DataError(f"a batch does not fit into shared memory: {_SHM_HINT} ({error})")
+def _no_shared_memory(error: Exception) -> DataError:
+    return DataError(f"a batch does not fit into shared memory: {_SHM_HINT} ({error})")
 
 
 _SHM_HINT = (
@@ -161,14 +194,26 @@ class TrainLoader:
     """Endless training batches from `start_iteration` on; see train_loader."""
 
     def __init__(
-        self, reader: BatchReader, sampler: TrainSampler, images: np.ndarray, workers: int, device: Device, start: int
+        self,
+        reader: BatchReader,
+        sampler: TrainSampler,
+        images: np.ndarray,
+        workers: int,
+        device: Device,
+        start: int,
+        slot_bytes: int = 0,
     ) -> None:
         self.reader, self.sampler, self.images = reader, sampler, images
-        self.workers, self.device, self.start = workers, device, start
+        self.workers, self.device, self.start, self.slot_bytes = workers, device, start, slot_bytes
         self.iterations_per_epoch = sampler.batches_per_epoch
 
     def __iter__(self) -> Iterator[tuple[ImageBatch, Targets]]:
-        return _one_ahead(_read(self.reader, self._jobs(), self.workers, self.device), self.device)
+        return _one_ahead(self._on_device())
+
+    def _on_device(self) -> Iterator[tuple[ImageBatch, Targets]]:
+        with _slots(self.workers, self.slot_bytes, self.device) as slots:
+            batches = _read(replace(self.reader, slots=slots), self._jobs(), self.workers, self.device)
+            yield from _moved(batches, self.device)
 
     def _jobs(self) -> Iterator[Job]:
         sampler = self.sampler
@@ -192,7 +237,7 @@ class InferenceLoader:
 
     def __iter__(self) -> Iterator[tuple[ImageBatch, list[int]]]:
         jobs = ((0, 0, indices) for indices in self.sampler)
-        batches = _one_ahead(_read(self.reader, jobs, self.workers, self.device), self.device)
+        batches = _one_ahead(_moved(_read(self.reader, jobs, self.workers, self.device), self.device))
         for (images, _), indices in zip(batches, self.sampler):
             yield images, indices
 
@@ -222,7 +267,8 @@ def train_loader(
         cfg.DATALOADER.ASPECT_RATIO_GROUPING,
     )
     reader = _reader(cfg, dataset, device, training=True)
-    return TrainLoader(reader, sampler, images, cfg.DATALOADER.NUM_WORKERS, device, start_iteration)
+    slot = _largest_batch(cfg, dataset.sizes[images]) * 3 * sampler.batch_size
+    return TrainLoader(reader, sampler, images, cfg.DATALOADER.NUM_WORKERS, device, start_iteration, slot)
 
 
 def test_loader(cfg: CfgNode, dataset: CocoDataset, device: Device, rank: int, world_size: int) -> InferenceLoader:
@@ -239,14 +285,33 @@ test_loader.__test__ = False  # the name is the interface's; pytest would take i
 
 
 def _reader(cfg: CfgNode, dataset: CocoDataset, device: Device, training: bool) -> BatchReader:
+    transforms = build_transforms(cfg, training)
     return BatchReader(
         dataset,
-        build_transforms(cfg, training),
-        cfg.DATALOADER.SIZE_DIVISIBILITY,
+        transforms,
+        math.lcm(max(1, cfg.DATALOADER.SIZE_DIVISIBILITY), transforms.size_divisibility),
         tuple(tuple(shape) for shape in cfg.INPUT.FIXED_SHAPES),
         cfg.SEED,
         bucketed=not device.compacts,
     )
+
+
+def _largest_batch(cfg: CfgNode, sizes: np.ndarray) -> int:
+    """Pixels of an image in the largest batch that images of these sizes [N, 2] make; 0 where transforms of the
+    configuration's list leave it open."""
+    if cfg.INPUT.FIXED_SHAPES:
+        return max(height * width for height, width in cfg.INPUT.FIXED_SHAPES)
+    if cfg.INPUT.TRANSFORMS:
+        return 0
+    short, longest = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
+    scale = np.minimum(short / sizes.min(axis=1), longest / sizes.max(axis=1))
+    resized = (sizes * scale[:, None] + 0.5).astype(np.int64).clip(1)
+    multiple = max(1, cfg.DATALOADER.SIZE_DIVISIBILITY)
+    padded = -(-resized // multiple) * multiple
+    portrait = sizes[:, 0] > sizes[:, 1]
+    mixed = not cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    groups = [padded] if mixed else [padded[portrait], padded[~portrait]]
+    return max(int(group.max(axis=0).prod()) for group in groups if len(group))
 
 
 def _images_to_train(counts: np.ndarray, empty_ratio: float, seed: int) -> np.ndarray:
@@ -267,10 +332,13 @@ def _read(
     try:
         with _keep_child_handler():
             batches = iter(loader)
-        for batch in batches:
+        for number, batch in enumerate(batches):
             if isinstance(batch, UserError):
                 raise batch
-            yield batch
+            images, targets, shape = batch
+            if shape is not None:
+                images = replace(images, pixels=reader.slots.view(number, tuple(shape)).permute(0, 3, 1, 2))
+            yield images, targets
     except RuntimeError as error:
         if workers and str(error).startswith("DataLoader worker"):
             raise DataError(f"a data worker died, perhaps out of memory; {_SHM_HINT}: {error}") from error
@@ -283,8 +351,9 @@ def _loader(reader: BatchReader, jobs: Iterable[Job], workers: int, device: Devi
     return DataLoader(
         reader,
         batch_size=None,
-        sampler=jobs,
+        sampler=enumerate(jobs),
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         collate_fn=_as_it_is,
         worker_init_fn=_start_worker,
         pin_memory=device.pinned_memory,
@@ -314,13 +383,47 @@ def _keep_child_handler() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, handler)
 
 
-def _one_ahead(batches: Iterable[tuple[ImageBatch, Targets]], device: Device) -> Iterator[tuple[ImageBatch, Targets]]:
-    """Batches on the device; the copy of the next one is under way when a batch is handed out."""
+@contextmanager
+def _slots(workers: int, bytes_each: int, device: Device) -> Iterator[Slots | None]:
+    """Memory for the batches that are on their way at once, pinned while it is used; None where nobody would share it,
+    or the device wants pinned memory and cannot pin this."""
+    if not workers or not bytes_each:
+        yield None
+        return
+    try:
+        slots = Slots.allocate(PREFETCH * workers + IN_FLIGHT, bytes_each)
+    except (RuntimeError, OSError) as error:
+        raise _no_shared_memory(error) from error
+    pinned = device.pinned_memory and device.pin(slots.memory)
+    try:
+        yield slots if pinned or not device.pinned_memory else None
+    finally:
+        if pinned:
+            device.synchronize()  # copies from it may be queued
+            device.unpin(slots.memory)
+
+
+def _moved(batches: Iterable[tuple[ImageBatch, Targets]], device: Device) -> Iterator[tuple[ImageBatch, Targets]]:
+    """Batches on the device, always copied: the memory they come from is filled again. No more than IN_FLIGHT copies
+    are queued, so that a slot's copy is done before a worker gets it for a new batch."""
+    copies: deque[Event] = deque()
+    for images, targets in batches:
+        pixels = images.pixels.to(device.torch_device, non_blocking=True, copy=True)
+        moved = replace(images, pixels=pixels, sizes=images.sizes.to(device.torch_device, non_blocking=True))
+        targets = targets.to(device.torch_device, non_blocking=True)
+        copies.append(device.event())
+        copies[-1].record()
+        if len(copies) == IN_FLIGHT:
+            copies.popleft().synchronize()
+        yield moved, targets
+
+
+def _one_ahead(batches: Iterable[tuple[ImageBatch, Targets]]) -> Iterator[tuple[ImageBatch, Targets]]:
+    """The same, one later: the copy of the next batch is under way when one is handed out."""
     ready = None
     for batch in batches:
-        moving = tuple(part.to(device.torch_device, non_blocking=True) for part in batch)
         if ready is not None:
             yield ready
-        ready = moving
+        ready = batch
     if ready is not None:
         yield ready

@@ -1,133 +1,95 @@
-"""Sample: one image with its objects; and what turns it into a training or test input."""
+"""What turns a Sample into a training or test input: Compose, resizing, and every transform by its name.
+
+In yaml, INPUT.TRANSFORMS is a list of mappings, `{type: RandomExpand, ratio: 2}`; in Python, Compose takes transforms
+or the same mappings. Names and arguments are PaddleX's, or mmdetection's where only it has the transform.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import cv2
 import numpy as np
-from pycocotools import mask as coco_mask
 from yacs.config import CfgNode
 
-
-@dataclass
-class Polygons:
-    """Polygon masks of G instances, packed as in `structures.PolygonBatch`.
-
-    points [P, 2] float32 (x, y) pixels, polygon_offsets [Q + 1] int64 into points, instance_offsets [G + 1] int64 into
-    polygons.
-    """
-
-    points: np.ndarray
-    polygon_offsets: np.ndarray
-    instance_offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.instance_offsets) - 1
-
-    def of(self, instance: int) -> list[np.ndarray]:
-        """The polygons [p, 2] of one instance."""
-        offsets = self.polygon_offsets[self.instance_offsets[instance] : self.instance_offsets[instance + 1] + 1]
-        return [self.points[start:end] for start, end in pairwise(offsets)]
-
-    def select(self, keep: np.ndarray) -> Polygons:
-        """The instances where `keep` [G] bool is True."""
-        polygon_kept = np.repeat(keep, np.diff(self.instance_offsets))
-        point_kept = np.repeat(polygon_kept, np.diff(self.polygon_offsets))
-        return Polygons(
-            self.points[point_kept],
-            offsets_of(np.diff(self.polygon_offsets)[polygon_kept]),
-            offsets_of(np.diff(self.instance_offsets)[keep]),
-        )
-
-    def rasterize(self, height: int, width: int) -> np.ndarray:
-        """Bitmaps [G, height, width] uint8 of 0 and 1, drawn by pycocotools."""
-        bitmaps = np.zeros((len(self), height, width), np.uint8)
-        for instance, bitmap in enumerate(bitmaps):
-            polygons = [points.ravel().astype(np.float64) for points in self.of(instance)]
-            if polygons:
-                bitmap[:] = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
-        return bitmaps
-
-
-def offsets_of(counts: np.ndarray) -> np.ndarray:
-    """counts [N] -> where each of the N groups starts, and where the last one ends: [N + 1] int64."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
-
-
-@dataclass
-class Sample:
-    """One image and its objects.
-
-    image: [H, W, 3] uint8 RGB. boxes: [G, 4] float32 xyxy pixels of `image`. labels: [G] int64, 1..C.
-    polygons or bitmaps [G, H, W] uint8 of 0 and 1: the masks; both None without masks.
-    image_id: the data set's id; image_index: 0..N-1 in the data set; original_size: (height, width) before transforms.
-    """
-
-    image: np.ndarray
-    image_id: int
-    image_index: int
-    original_size: tuple[int, int]
-    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
-    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    polygons: Polygons | None = None
-    bitmaps: np.ndarray | None = None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.image.shape[:2]
-
+from ..errors import ConfigError
+from . import geometry
+from .arguments import choice, number
+from .augment import LargeScaleJitter, RandomCrop, RandomExpand, RandomFlip, RandomHorizontalFlip, RandomVerticalFlip
+from .auto_augment import (
+    AutoAugment,
+    BrightnessTransform,
+    ColorTransform,
+    ContrastTransform,
+    EqualizeTransform,
+    Rotate,
+    Shear,
+    Translate,
+)
+from .color import ColorJitter, RandomDistort
+from .geometry import clip_to_image
+from .mixing import CopyPaste, Draw, Mixing, MixupImage
+from .sample import Polygons as Polygons
+from .sample import Sample
+from .sample import offsets_of as offsets_of
 
 Transform = Callable[[Sample, np.random.Generator], Sample]
 
 
 class Compose:
-    """Transforms in turn; then boxes are clipped to the image, and objects with nothing left are dropped."""
+    """Transforms in turn; then boxes are clipped to the image, and objects with nothing left are dropped.
 
-    def __init__(self, transforms: Sequence[Transform]) -> None:
-        self.transforms = tuple(transforms)
+    transforms: callables of (Sample, Generator), or mappings `{"type": name, argument: value, ...}`.
+    Raises ConfigError: an unknown name or argument, a value that cannot be.
+    """
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+    def __init__(self, transforms: Sequence[Transform | Mapping[str, Any]]) -> None:
+        self.transforms = tuple(build(transform) for transform in transforms)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator, draw: Draw | None = None) -> Sample:
+        """draw: gives another image of the data set, for the transforms that mix two."""
         for transform in self.transforms:
-            sample = transform(sample, rng)
+            if not isinstance(transform, Mixing):
+                sample = transform(sample, rng)
+            elif draw is not None:
+                sample = transform(sample, rng, draw)
+            else:
+                raise ConfigError(
+                    f"{type(transform).__name__} mixes images of a data set, and here is none: leave it out"
+                )
         return clip_to_image(sample)
+
+    @property
+    def size_divisibility(self) -> int:
+        """What Padding asks of batches: height and width are multiples of it."""
+        strides = [transform.stride for transform in self.transforms if isinstance(transform, Padding)]
+        return int(np.lcm.reduce(strides)) if strides else 1
 
 
 class ResizeShortSide:
     """Resizes to a short side of `size`, less where the long side would exceed `max_size`.
 
     scale = min(size / short, max_size / long) and a new side is int(side * scale + .5), as in detectron2. Boxes and
-    points follow the ratio of the whole-numbered sides, per axis. Pixels: bilinear when enlarging, area average
-    when shrinking (antialiased); bitmaps bilinear, cut at .5.
+    points follow the ratio of the whole-numbered sides, per axis. How pixels are interpolated: geometry.resize.
 
     Args:
         sizes: short sides in pixels. sampling "choice": one of them is drawn; "range": any whole number from the first
             to the second.
-        max_size: longest side allowed, in pixels.
+        max_size: longest side allowed, in pixels; above 0.
     """
 
     def __init__(self, sizes: Sequence[int], max_size: int, sampling: str = "choice") -> None:
-        self.sizes = tuple(sizes)
-        self.max_size = max_size
-        self.sampling = sampling
+        name = type(self).__name__
+        self.sizes = tuple(number(f"{name}: a size", size, 1) for size in sizes)
+        self.max_size = number(f"{name} max_size", max_size, 1)
+        self.sampling = choice(f"{name} sampling", sampling, ("choice", "range"))
+        if not self.sizes or (sampling == "range" and (len(self.sizes) != 2 or self.sizes[0] > self.sizes[1])):
+            raise ConfigError(f"{name} needs one size or more, and (least, most) for a range, not {self.sizes}")
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        (height, width), (new_height, new_width) = sample.size, self.new_size(sample.size, self._draw(rng))
-        if (height, width) == (new_height, new_width):
-            return sample
-        shrinks = new_height < height or new_width < width
-        size = (new_width, new_height)
-        image = cv2.resize(sample.image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-        ratio = np.array([new_width / width, new_height / height], np.float32)
-        polygons, bitmaps = sample.polygons, sample.bitmaps
-        if polygons is not None:
-            polygons = replace(polygons, points=polygons.points * ratio)
-        if bitmaps is not None:
-            resized = [cv2.resize(bitmap * 255, size, interpolation=cv2.INTER_LINEAR) >= 128 for bitmap in bitmaps]
-            bitmaps = np.array(resized, np.uint8).reshape(len(bitmaps), new_height, new_width)
-        return replace(sample, image=image, boxes=sample.boxes * np.tile(ratio, 2), polygons=polygons, bitmaps=bitmaps)
+        return geometry.resize(sample, *self.new_size(sample.size, self._draw(rng)))
 
     def new_size(self, size: tuple[int, int], short: int) -> tuple[int, int]:
         """The (height, width) that an image of `size` gets for a short side of `short`."""
@@ -140,48 +102,144 @@ class ResizeShortSide:
         return self.sizes[rng.integers(len(self.sizes))]
 
 
-class RandomHorizontalFlip:
-    """Mirrors left and right with probability `prob`: x becomes width - x."""
+class ResizeByShort(ResizeShortSide):
+    """PaddleX's. short_size: one, or several of which one is drawn; max_size: longest side, -1 for any."""
 
-    def __init__(self, prob: float) -> None:
-        self.prob = prob
+    def __init__(self, short_size: int | Sequence[int] = 800, max_size: int = 1333) -> None:
+        sizes = short_size if isinstance(short_size, Sequence) else (short_size,)
+        super().__init__(sizes, float("inf") if max_size == -1 else max_size)
+
+
+class Resize:
+    """mmdetection's: to the largest size of the same proportions within a (long side, short side).
+
+    Args:
+        img_scale: (long, short), or several of them.
+        multiscale_mode: with several, "value": one is drawn; with two, "range": each side from the one to the other.
+        keep_ratio: False stretches to (width, height) exactly instead.
+    """
+
+    def __init__(self, img_scale: Sequence[Any], keep_ratio: bool = True, multiscale_mode: str = "range") -> None:
+        scales = img_scale if isinstance(img_scale[0], Sequence) else [img_scale]
+        self.scales = [tuple(number("Resize img_scale", side, 1) for side in scale) for scale in scales]
+        self.keep_ratio = keep_ratio
+        self.mode = choice("Resize multiscale_mode", multiscale_mode, ("range", "value"))
+        if any(len(scale) != 2 for scale in self.scales) or (self.mode == "range" and len(self.scales) > 2):
+            raise ConfigError(f"Resize img_scale must be (long, short), or two of them for a range, not {img_scale!r}")
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        if rng.random() >= self.prob:
-            return sample
-        width = sample.size[1]
-        boxes = sample.boxes.copy()
-        boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-        polygons, bitmaps = sample.polygons, sample.bitmaps
-        if polygons is not None:
-            points = polygons.points.copy()
-            points[:, 0] = width - points[:, 0]
-            polygons = replace(polygons, points=points)
-        if bitmaps is not None:
-            bitmaps = np.ascontiguousarray(bitmaps[:, :, ::-1])
-        return replace(sample, image=cv2.flip(sample.image, 1), boxes=boxes, polygons=polygons, bitmaps=bitmaps)
+        width, height = self._draw(rng)
+        if not self.keep_ratio:
+            return geometry.resize(sample, height, width)
+        ratio = min(max(width, height) / max(sample.size), min(width, height) / min(sample.size))
+        return geometry.resize(sample, *(max(1, int(side * ratio + 0.5)) for side in sample.size))
+
+    def _draw(self, rng: np.random.Generator) -> tuple[int, int]:
+        if self.mode == "value" or len(self.scales) == 1:
+            return self.scales[rng.integers(len(self.scales))]
+        long_sides, short_sides = [[pick(scale) for scale in self.scales] for pick in (max, min)]
+        drawn = [int(rng.integers(min(sides), max(sides), endpoint=True)) for sides in (long_sides, short_sides)]
+        return drawn[0], drawn[1]
 
 
-def clip_to_image(sample: Sample) -> Sample:
-    """Boxes clipped to the image; objects whose box has no area then are dropped. Polygons may reach beyond the image:
-    what lies there is never drawn."""
-    height, width = sample.size
-    boxes = np.clip(sample.boxes, 0, np.array([width, height, width, height], np.float32))
-    keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    if keep.all():
-        return replace(sample, boxes=boxes)
-    return replace(
-        sample,
-        boxes=boxes[keep],
-        labels=sample.labels[keep],
-        polygons=sample.polygons.select(keep) if sample.polygons is not None else None,
-        bitmaps=sample.bitmaps[keep] if sample.bitmaps is not None else None,
+class Padding:
+    """Batches of a height and width that are multiples of `coarsest_stride`: FPN needs 32.
+
+    The sample stays as it is, and the batch is padded, with what is zero after normalising: so the network knows where
+    the image ends, and detections do not shift. The place in the list does not matter.
+    """
+
+    def __init__(self, coarsest_stride: int = 1) -> None:
+        self.stride = int(number(f"{type(self).__name__}: the stride", coarsest_stride, 1))
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return sample
+
+
+class Pad(Padding):
+    """mmdetection's name for Padding."""
+
+    def __init__(self, size_divisor: int) -> None:
+        super().__init__(size_divisor)
+
+
+class Normalize:
+    """Says how the weights want their pixels; the model does it, on the device, by INPUT.PIXEL_MEAN and PIXEL_STD.
+
+    Args: mean, std: of RGB in 0..1 (PaddleX, torchvision); in 0..255 (mmdetection) when one of them is above 1.
+        to_rgb: with 0..255, False: they are in the order blue, green, red, which the network then reads.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        to_rgb: bool = True,
+    ) -> None:
+        mean = [float(number("Normalize mean", value, 0, 255)) for value in mean]
+        std = [float(number("Normalize std", value, 1e-6, 255)) for value in std]
+        range_ = 255.0 if to_rgb and max(*mean, *std) > 1 else 1.0
+        self.settings = {
+            "PIXEL_MEAN": [value / range_ for value in mean],
+            "PIXEL_STD": [value / range_ for value in std],
+            "TO_BGR255": not to_rgb,
+        }
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return sample
+
+    def check(self, cfg: CfgNode) -> None:
+        """Raises ConfigError when the model would do something else."""
+        for key, value in self.settings.items():
+            if not np.allclose(cfg.INPUT[key], value, atol=1e-3):
+                raise ConfigError(f"INPUT.TRANSFORMS: Normalize needs INPUT.{key} {value}, but it is {cfg.INPUT[key]}")
+
+
+TRANSFORMS: dict[str, type] = {
+    transform.__name__: transform
+    for transform in (
+        *(ResizeShortSide, ResizeByShort, Resize, Padding, Pad, Normalize),
+        *(RandomHorizontalFlip, RandomVerticalFlip, RandomFlip, RandomExpand, RandomCrop, LargeScaleJitter),
+        *(ColorJitter, RandomDistort, MixupImage, CopyPaste),
+        *(AutoAugment, Rotate, Translate, Shear),
+        *(ColorTransform, BrightnessTransform, ContrastTransform, EqualizeTransform),
     )
+}
+
+
+def build(spec: Any) -> Any:
+    """Mappings with a "type" become transforms, in lists too; everything else stays as it is.
+
+    Raises ConfigError: an unknown name or argument, a value that cannot be.
+    """
+    if isinstance(spec, (list, tuple)):
+        return [build(entry) for entry in spec]
+    if not isinstance(spec, Mapping):
+        return spec
+    arguments = dict(spec)
+    name = arguments.pop("type", None)
+    if name not in TRANSFORMS:
+        near = difflib.get_close_matches(str(name), TRANSFORMS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ConfigError(f"unknown transform {name!r} in {dict(spec)}{hint} Known are {', '.join(sorted(TRANSFORMS))}")
+    signature = inspect.signature(TRANSFORMS[name])
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"transform {name}: {error}; its arguments are {signature}") from error
+    return TRANSFORMS[name](**{key: build(value) for key, value in arguments.items()})
 
 
 def build_transforms(cfg: CfgNode, training: bool) -> Compose:
     """What INPUT asks for."""
     if not training:
         return Compose([ResizeShortSide((cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST)])
-    resize = ResizeShortSide(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
-    return Compose([resize, RandomHorizontalFlip(cfg.INPUT.HORIZONTAL_FLIP_PROB_TRAIN)])
+    if not cfg.INPUT.TRANSFORMS:
+        resize = ResizeShortSide(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
+        # The flip first: before it is enlarged, an image is less to turn around.
+        return Compose([RandomHorizontalFlip(cfg.INPUT.HORIZONTAL_FLIP_PROB_TRAIN), resize])
+    compose = Compose(cfg.INPUT.TRANSFORMS)
+    for transform in compose.transforms:
+        if isinstance(transform, Normalize):
+            transform.check(cfg)
+    return compose

@@ -78,6 +78,13 @@ class Device:
         """Wait until all work queued on the device is done."""
         self.module.synchronize()
 
+    def pin(self, memory: torch.Tensor) -> bool:
+        """Pin host memory where it lies, until `unpin`. False where that cannot be, or not now."""
+        return False
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """End what `pin` began; copies from the memory are done."""
+
     def max_memory_mb(self) -> float:
         """The most memory allocated on the device so far, in MB (2^20 bytes); 0 where the device does not tell."""
         peak = getattr(self.module, "max_memory_allocated", None)

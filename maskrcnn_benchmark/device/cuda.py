@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from ..errors import DeviceError
 from .base import Device
 
+logger = logging.getLogger(__name__)
+
 CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "driver_version")
 # The second is its name in drivers before 535
 THROTTLING = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
@@ -18,6 +21,18 @@ THROTTLING = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 
 @dataclass(frozen=True)
 class CudaDevice(Device):
+    def pin(self, memory: torch.Tensor) -> bool:
+        """False, with a warning, where the driver refuses (a limit on locked memory)."""
+        status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if int(status):
+            logger.warning(
+                "%d MB of batches cannot be pinned (%s): they are copied once more", memory.nbytes >> 20, status
+            )
+        return not int(status)
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
     def clocks(self) -> dict[str, Any]:
         """What nvidia-smi says, by its own names; nothing where it cannot be run."""
         return nvidia_smi(f"GPU-{torch.cuda.get_device_properties(self.torch_device).uuid}")
