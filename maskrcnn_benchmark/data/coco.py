@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from ..errors import DataError
-from ..ops.masks import sound_rle
+from ..ops.rle import sound_rle
 from .images import read_image
 from .transforms import Polygons, Sample
 

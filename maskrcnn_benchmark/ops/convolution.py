@@ -9,9 +9,7 @@ from torch import Tensor
 from .library import LIBRARY, kernel_in_use, register_composite
 
 LIBRARY.define("conv3x3(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
-LIBRARY.define(
-    "conv3x3_backward(Tensor grad, Tensor input, Tensor weight, bool[3] mask) -> (Tensor, Tensor, Tensor)"
-)
+LIBRARY.define("conv3x3_backward(Tensor grad, Tensor input, Tensor weight, bool[3] mask) -> (Tensor, Tensor, Tensor)")
 
 
 def conv2d(
