@@ -162,7 +162,7 @@ def assert_slept_in(metrics, *fields):
         ("train", "synthetic", "optimizer", sides, "update"),
         ("infer", "real", "data", CocoDataset, "load"),
         ("infer", "synthetic", "forward", RCNN, "forward"),
-        ("infer", "synthetic", "post_processing", sides, "detections_to_coco"),
+        ("infer", "synthetic", "post_processing", sides, "detections_to_results"),
     ],
 )
 def test_a_sleep_appears_in_its_field_alone(tiny_config, monkeypatch, kind, data, phase, where, what):
@@ -390,9 +390,9 @@ def test_evaluation_with_both_engines():
 
 
 def test_engines_that_disagree_are_not_timed():
-    scoring.check_same("bbox", {"a": {"AP": 0.5, "APs": None}, "b": {"AP": 0.5 + 1e-9, "APs": None}})
+    scoring.check_same({"a": {"bbox": {"AP": 0.5, "APs": None}}, "b": {"bbox": {"AP": 0.5 + 1e-9, "APs": None}}})
     with pytest.raises(UserError, match=r"AP is 0\.5 with a, 0\.6 with b"):
-        scoring.check_same("bbox", {"a": {"AP": 0.5}, "b": {"AP": 0.6}})
+        scoring.check_same({"a": {"bbox": {"AP": 0.5}}, "b": {"bbox": {"AP": 0.6}}})
 
 
 @pytest.mark.parametrize(

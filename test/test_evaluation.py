@@ -20,14 +20,19 @@ from pycocotools import mask as coco_mask
 from maskrcnn_benchmark.errors import ConfigError, DataError, ResultError
 from maskrcnn_benchmark.evaluation import coco as coco_module
 from maskrcnn_benchmark.evaluation.coco import (
-    detections_to_coco,
     evaluate,
     format_table,
     load_results,
     segmentation_to_rle,
 )
 from maskrcnn_benchmark.evaluation.expected import check_expected
+from maskrcnn_benchmark.evaluation.results import detections_to_results
 from maskrcnn_benchmark.structures import Detections, ImageBatch
+
+
+def detections_to_coco(*arguments, **keywords) -> list[dict]:
+    return detections_to_results(*arguments, **keywords).to_list()
+
 
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 both_evaluators = pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
@@ -377,7 +382,7 @@ def with_change(index: int, **changes) -> list[dict]:
         (with_change(3, score=float("nan")), r"results\[3\] \(image id 7\).*NaN"),
         (with_change(3, bbox=[1, 2, float("inf"), 4]), r"results\[3\] \(image id 7\).*infinite"),
         (with_change(3, image_id=8), "images that are not in the ground truth: ids 8"),
-        (with_change(3, image_id="7"), "images that are not in the ground truth: ids 7"),
+        (with_change(3, image_id="7"), r"results\[3\] .*image_id must be a whole number, not '7'"),
         (with_change(3, image_id=[7]), "image_id"),
         (with_change(3, category_id=1), "categories that are not in the ground truth: ids 1"),
         (with_change(3, segmentation=encode(np.ones((600, 400)))), r"results\[3\] .*400 pixels high and 600 wide"),
@@ -442,8 +447,8 @@ def test_an_image_evaluated_twice_is_an_error():
 def test_what_is_not_known_is_an_error():
     with pytest.raises(ConfigError, match="'fast'"):
         evaluate(dataset(GRID), [], evaluator="fast")
-    with pytest.raises(ConfigError, match="keypoints"):
-        evaluate(dataset(GRID), [], tasks=("keypoints",))
+    with pytest.raises(ConfigError, match="panoptic"):
+        evaluate(dataset(GRID), [], tasks=("panoptic",))
     with pytest.raises(ConfigError, match="max_detections"):
         evaluate(dataset(GRID), [], max_detections=0)
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from maskrcnn_benchmark.config import get_config, merge
 from maskrcnn_benchmark.config.checks import check
 from maskrcnn_benchmark.device import get_device
-from maskrcnn_benchmark.evaluation.coco import detections_to_coco
+from maskrcnn_benchmark.evaluation.results import detections_to_results
 from maskrcnn_benchmark.models.build import build_model
 from maskrcnn_benchmark.models.rcnn import RCNN
 from maskrcnn_benchmark.models.weights import convert
 from maskrcnn_benchmark.ops import boxes as box_ops
-from maskrcnn_benchmark.ops.masks import decode_rle
+from maskrcnn_benchmark.ops.rle import decode_rle
 from maskrcnn_benchmark.structures import BitmapBatch, ImageBatch, PolygonBatch, Targets
 
 POLYGONS = [
@@ -169,7 +169,7 @@ def test_detected_masks(peer):
         pytest.skip("torchvision truncates the box to whole pixels before it pastes; detectron2 does what we do")
     with torch.no_grad():
         detections = peer.model(peer.images)
-    results = detections_to_coco(detections, peer.images, list(range(1, 101)))
+    results = detections_to_results(detections, peer.images, list(range(1, 101))).to_list()
     ours = np.stack([decode_rle(result["segmentation"]) for result in results]).astype(bool)
     scores = torch.tensor([result["score"] for result in results])
     theirs = peer.arrays["det_masks"].astype(bool)

@@ -12,13 +12,12 @@ from torch.library import opcheck
 from maskrcnn_benchmark.ops import masks
 from maskrcnn_benchmark.ops.masks import (
     bitmap_targets,
-    compress_rle,
-    decode_rle,
     paste_masks_rle,
     paste_masks_rle_composite,
     polygon_targets,
     polygon_targets_composite,
 )
+from maskrcnn_benchmark.ops.rle import decode_rle
 
 OPS = torch.ops.maskrcnn_benchmark
 NAN, INF = float("nan"), float("inf")
@@ -257,28 +256,6 @@ def test_no_masks_full_masks_and_no_pixels(function):
     assert function(*full, 6, 8, 0.5)[0].tolist() == [0, 48]
     assert function(*full, 0, 8, 0.5)[0].tolist() == [0]
     assert paste_masks_rle(torch.zeros(0, 4, 4), torch.zeros(0, 4), 6, 8) == []
-
-
-# Larger runs overflow the buffer in which pycocotools itself writes a string.
-runs = st.lists(st.one_of(st.integers(0, 40), st.integers(0, 2**22)), min_size=1, max_size=30)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(runs, max_size=4))
-def test_compressed_strings_equal_pycocotools(counts):
-    offsets = np.cumsum([0] + [len(run) for run in counts])
-    flat = np.array([count for run in counts for count in run], dtype=np.int64)
-    expected = [
-        coco_mask.frPyObjects({"size": [1, 1], "counts": run}, 1, 1)["counts"].decode("ascii") for run in counts
-    ]
-    assert compress_rle(flat, offsets) == expected
-
-
-def test_decode_rle_takes_every_form():
-    bitmap = np.array([[0, 1, 1], [0, 1, 0]], dtype=np.uint8)
-    encoded = coco_mask.encode(np.asfortranarray(bitmap))
-    for counts in (encoded["counts"], encoded["counts"].decode(), [2, 3, 1]):
-        np.testing.assert_array_equal(decode_rle({"size": [2, 3], "counts": counts}), bitmap)
 
 
 def test_opcheck():

@@ -194,8 +194,9 @@ def add_eval(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="time COCO evaluation",
-        description="Times COCO evaluation of synthetic detections with each engine, boxes and masks apart; results in"
-        " memory, files apart. Where the engines do not give the same numbers the exit status is 2.",
+        description="Times COCO evaluation of synthetic detections with each engine: boxes and masks apart from results"
+        " in memory, and both together from a model's detections, masks pasted and encoded; no files. Where the engines"
+        " do not give the same numbers the exit status is 2.",
     )
     parser.add_argument("--engine", choices=scoring.ENGINES, action="append", help="default: both, in turns")
     parser.add_argument("--images", type=positive, default=500, metavar="N", help="default 500")

@@ -1,4 +1,4 @@
-"""Detect and segment objects in image files: pictures with boxes, masks, names and scores, and JSON."""
+"""Detect and segment objects in images and videos: pictures with boxes, masks, names and scores, and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import cv2
 from maskrcnn_benchmark import command
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.engine.checkpoint import write_atomically
-from maskrcnn_benchmark.engine.predict import Prediction, find_images, load_predictor, predict
+from maskrcnn_benchmark.engine.predict import Prediction, count_inputs, find_inputs, load_predictor, predict
 from maskrcnn_benchmark.errors import DataError
 from maskrcnn_benchmark.report.console import progress
 from maskrcnn_benchmark.report.visualize import draw_results
@@ -23,9 +23,16 @@ from maskrcnn_benchmark.report.visualize import draw_results
 
 def parse() -> argparse.Namespace:
     parser = command.Parser(description=__doc__)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="image files, or directories of them")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="image and video files, directories of them, or patterns in quotes such as 'photos/**/*.jpg'",
+    )
     parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint that train_net.py wrote")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="write a picture of each image here, as PNG")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="write a picture of each image and frame here, as PNG"
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images through the model at a time (1)")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score that is drawn and written (0.5)")
     parser.add_argument(
@@ -42,36 +49,46 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    paths = find_images(args.inputs)
+    paths = find_inputs(args.inputs)
     predictor = load_predictor(Path(args.weights), get_device(args.device))
     for directory in filter(None, (args.output, args.json and args.json.parent)):
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"cannot create {directory}: {error.strerror}") from error
-    results, failed = [], 0
+    results, done, failed = [], 0, 0
+    numbers = {path: number for number, path in enumerate(paths)}
     often = {name for name, count in Counter(path.name for path in paths).items() if count > 1}
-    for number, prediction in enumerate(progress(predict(predictor, paths, args.batch), len(paths), "predict")):
+    predictions = progress(predict(predictor, paths, args.batch), count_inputs(paths), "predict")
+    for image_id, prediction in enumerate(predictions):
         if prediction.error:
             failed += 1
             print(f"error: {prediction.error}", file=sys.stderr)
             continue
         prediction.results = [result for result in prediction.results if result["score"] >= args.threshold]
         if args.output:
-            # The suffix stays in the name: a.jpg and a.png are two images. So are x/a.jpg and y/a.jpg.
-            name = f"{number:04d}_{prediction.path.name}" if prediction.path.name in often else prediction.path.name
-            draw(prediction, predictor.category_names, args.output / f"{name}.png", args.threshold)
-        for result in prediction.results:
-            names = {
-                "file_name": str(prediction.path),
-                "category_name": predictor.category_names[result["category_id"]],
-            }
-            results.append({**result, "image_id": number, **names})
+            name = picture_name(prediction, numbers[prediction.path], prediction.path.name in often)
+            draw(prediction, predictor.category_names, args.output / name, args.threshold)
+        results += [describe(prediction, result, image_id, predictor.category_names) for result in prediction.results]
+        done += 1
     if args.json:
         text = json.dumps(results, ensure_ascii=False)
         write_atomically(args.json, lambda file: file.write(text.encode()))
-    print(f"{len(paths) - failed} images, {len(results)} objects" + (f", {failed} files unreadable" if failed else ""))
+    print(f"{done} images, {len(results)} objects" + (f", {failed} files unreadable" if failed else ""))
     return 1 if failed else 0
+
+
+def picture_name(prediction: Prediction, number: int, ambiguous: bool) -> str:
+    """The suffix stays in the name: a.jpg and a.png are two images. So are x/a.jpg and y/a.jpg: then `number` tells."""
+    name = f"{number:04d}_{prediction.path.name}" if ambiguous else prediction.path.name
+    return f"{name}.png" if prediction.frame is None else f"{name}_{prediction.frame:06d}.png"
+
+
+def describe(prediction: Prediction, result: dict, image_id: int, names: dict[int, str]) -> dict:
+    """A COCO result that tells its file, frame and class by name too."""
+    frame = {} if prediction.frame is None else {"frame": prediction.frame}
+    more = {"file_name": str(prediction.path), **frame, "category_name": names[result["category_id"]]}
+    return {**result, "image_id": image_id, **more}
 
 
 def draw(prediction: Prediction, names: dict[int, str], path: Path, threshold: float) -> None:

@@ -19,8 +19,9 @@ from maskrcnn_benchmark.engine import checkpoint, distributed
 from maskrcnn_benchmark.engine.inference import evaluate_model, test_datasets
 from maskrcnn_benchmark.engine.train import prepare_output, write_result
 from maskrcnn_benchmark.errors import ConfigError
-from maskrcnn_benchmark.evaluation.coco import evaluate, format_table, load_results
+from maskrcnn_benchmark.evaluation.coco import format_table, load_results
 from maskrcnn_benchmark.evaluation.expected import check_expected
+from maskrcnn_benchmark.evaluation.score import score
 from maskrcnn_benchmark.models.build import build_model
 from maskrcnn_benchmark.models.weights import load_weights
 from maskrcnn_benchmark.report.console import TrainingMeter, final_lines, setup_logging
@@ -87,7 +88,8 @@ def score_file(cfg: CfgNode, predictions: str) -> dict[str, Any]:
     keys = {"bbox": "bbox", "segm": "segmentation"}
     tasks = [task for task, key in keys.items() if any(isinstance(r, dict) and key in r for r in results)]
     tasks = tasks or (["bbox", "segm"] if cfg.MODEL.MASK_ON else ["bbox"])
-    return evaluate(dataset.ground_truth(), results, tasks, cfg.TEST.EVALUATOR, dataset.image_ids)
+    judged_by = (tasks, cfg.TEST.METRICS, cfg.TEST.EVALUATOR, dataset.image_ids)
+    return score(dataset.ground_truth(), results, *judged_by)[0]
 
 
 if __name__ == "__main__":

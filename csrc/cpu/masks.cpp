@@ -141,16 +141,23 @@ Tensor polygon_targets(
 // Where pixel centres lie along one axis of a mask, for the pixels [begin, end) that lie in it.
 struct MaskAxis {
   int64_t begin = 0, end = 0;
-  std::vector<int64_t> cell; // of a mask padded by a zero before and one after
+  std::vector<int64_t> cell; // of a mask padded by a zero before and one after; rises from pixel to pixel
   std::vector<float> above;
 
   // The order of operations is that of the composite.
-  MaskAxis(float low, float high, int64_t pixels, int64_t size) {
+  void place(float low, float high, int64_t pixels, int64_t size) {
+    begin = end = 0;
+    cell.clear();
+    above.clear();
     const float side = high - low;
     if (!(side > 0)) {
       return;
     }
-    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    // Pixels lie at most half a cell outside the box; a whole one and a pixel leave room for rounding.
+    const float reach = side / size + 1;
+    const auto within = [&](float pixel) { return static_cast<int64_t>(std::clamp(pixel, 0.0f, float(pixels))); };
+    const int64_t last = within(std::ceil(high + reach));
+    for (int64_t pixel = within(std::floor(low - reach)); pixel < last; ++pixel) {
       const float normalized = (pixel + 0.5f - low) / side * 2 - 1;
       const float position = ((normalized + 1) * size - 1) / 2;
       if (!(position > -1 && position < size)) {
@@ -180,6 +187,10 @@ class RunWriter {
     }
   }
 
+  bool value() const {
+    return value_;
+  }
+
   void finish(int64_t end) {
     counts_.push_back(end - start_);
   }
@@ -190,36 +201,127 @@ class RunWriter {
   bool value_ = false;
 };
 
-void paste(const float* mask, int64_t size, const float* box, int64_t height, int64_t width, float threshold,
-           std::vector<int64_t>& counts) {
-  const MaskAxis x(box[0], box[2], width, size), y(box[1], box[3], height, size);
-  RunWriter run(counts);
-  std::vector<float> profile(size + 2, 0.0f);
-  for (int64_t column = x.begin; column < x.end && y.begin < y.end; ++column) {
-    const int64_t cell = x.cell[column - x.begin];
-    const float above = x.above[column - x.begin];
-    for (int64_t row = 0; row < size; ++row) {
-      const float left = cell > 0 ? mask[row * size + cell - 1] : 0, right = cell < size ? mask[row * size + cell] : 0;
-      profile[row + 1] = (1 - above) * left + above * right;
+// Pastes masks of one size into images of one size; keeps its buffers from mask to mask.
+class MaskPaster {
+ public:
+  MaskPaster(int64_t size, int64_t height, int64_t width, float threshold)
+      : size_(size), height_(height), width_(width), threshold_(threshold), profile_(size + 2, 0.0f),
+        columns_((size + 2) * size, 0.0f), sides_(size + 1) {}
+
+  void paste(const float* mask, const float* box, std::vector<int64_t>& counts) {
+    x_.place(box[0], box[2], width_, size_);
+    y_.place(box[1], box[3], height_, size_);
+    step_ = size_ / (box[3] - box[1]);
+    find_spans();
+    transpose(mask);
+    RunWriter run(counts);
+    for (int64_t column = x_.begin; column < x_.end && y_.begin < y_.end; ++column) {
+      const int64_t first = column * height_;
+      if (y_.begin > 0) {
+        run.set(first, false);
+      }
+      blend(x_.cell[column - x_.begin], x_.above[column - x_.begin]);
+      add_column(first, run);
+      if (y_.end < height_) {
+        run.set(first + y_.end, false);
+      }
     }
-    const int64_t first = column * height;
-    if (y.begin > 0) {
-      run.set(first, false);
+    if (x_.end < width_) {
+      run.set(x_.end * height_, false);
     }
-    for (int64_t row = y.begin; row < y.end; ++row) {
-      const float* p = profile.data() + y.cell[row - y.begin];
-      const float share = y.above[row - y.begin];
-      run.set(first + row, (1 - share) * p[0] + share * p[1] >= threshold);
-    }
-    if (y.end < height) {
-      run.set(first + y.end, false);
+    run.finish(height_ * width_);
+  }
+
+ private:
+  // Where the values between profile[cell] and profile[cell + 1] lie; the first two are a run's value.
+  enum Side : uint8_t { kOutside = 0, kInside = 1, kCrossed = 2 };
+
+  // The rows [begin, end) whose centres lie between profile[cell] and profile[cell + 1].
+  struct Span {
+    int64_t cell, begin, end;
+  };
+
+  void find_spans() {
+    spans_.clear();
+    for (int64_t row = y_.begin; row < y_.end; ++row) {
+      const int64_t cell = y_.cell[row - y_.begin];
+      if (spans_.empty() || spans_.back().cell != cell) {
+        spans_.push_back({cell, row, row});
+      }
+      spans_.back().end = row + 1;
     }
   }
-  if (x.end < width) {
-    run.set(x.end * height, false);
+
+  // The mask column by column, between two columns of zeros.
+  void transpose(const float* mask) {
+    for (int64_t row = 0; row < size_; ++row) {
+      for (int64_t column = 0; column < size_; ++column) {
+        columns_[(column + 1) * size_ + row] = mask[row * size_ + column];
+      }
+    }
   }
-  run.finish(height * width);
-}
+
+  void blend(int64_t cell, float above) {
+    const float *left = columns_.data() + cell * size_, *right = left + size_;
+    for (int64_t row = 0; row < size_; ++row) {
+      profile_[row + 1] = (1 - above) * left[row] + above * right[row];
+    }
+    const float surely = threshold_ * (1 + 1e-6f), hardly = threshold_ * (1 - 1e-6f);
+    for (int64_t cell = 0; cell <= size_; ++cell) {
+      const float low = profile_[cell], high = profile_[cell + 1];
+      const bool inside = (low >= surely) & (high >= surely), outside = (low < hardly) & (high < hardly);
+      sides_[cell] = inside ? kInside : outside ? kOutside : kCrossed;
+    }
+  }
+
+  // Most spans lie between two values on the same side of the threshold, and need no look at their rows: of 160 rows
+  // some 12 are computed. A blend rounds by less than 4e-7 of the larger value; nearer to the threshold it decides.
+  void add_column(int64_t first, RunWriter& run) const {
+    for (const Span& span : spans_) {
+      const uint8_t side = sides_[span.cell];
+      if (side == run.value()) {
+        continue;
+      }
+      if (side != kCrossed) {
+        run.set(first + span.begin, side == kInside);
+        continue;
+      }
+      const float low = profile_[span.cell], high = profile_[span.cell + 1];
+      if (step_ > 1e-3f && std::abs(high - low) * step_ > 1e-6f * larger(low, high)) {
+        // From row to row the values rise (or fall) by more than they round: a count tells where they cross, without
+        // a branch a row.
+        int64_t inside = 0;
+        for (int64_t row = span.begin; row < span.end; ++row) {
+          inside += belongs(row, low, high);
+        }
+        const int64_t crossing = high > low ? span.end - inside : span.begin + inside;
+        if (crossing > span.begin) {
+          run.set(first + span.begin, high < low);
+        }
+        if (crossing < span.end) {
+          run.set(first + crossing, high > low);
+        }
+      } else {
+        for (int64_t row = span.begin; row < span.end; ++row) {
+          run.set(first + row, belongs(row, low, high));
+        }
+      }
+    }
+  }
+
+  bool belongs(int64_t row, float low, float high) const {
+    const float share = y_.above[row - y_.begin];
+    return (1 - share) * low + share * high >= threshold_;
+  }
+
+  int64_t size_, height_, width_;
+  float threshold_;
+  float step_ = 0; // cells from row to row
+  MaskAxis x_, y_;
+  std::vector<float> profile_, columns_;
+  std::vector<uint8_t> sides_;
+  std::vector<Span> spans_;
+};
 
 std::tuple<Tensor, Tensor> paste_masks_rle(
     const Tensor& masks,
@@ -232,9 +334,10 @@ std::tuple<Tensor, Tensor> paste_masks_rle(
   const float* values = m.const_data_ptr<float>();
   const float* corners = b.const_data_ptr<float>();
   std::vector<std::vector<int64_t>> runs(count);
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
+    MaskPaster paster(size, height, width, static_cast<float>(threshold));
     for (int64_t i = begin; i < end; ++i) {
-      paste(values + i * size * size, size, corners + 4 * i, height, width, static_cast<float>(threshold), runs[i]);
+      paster.paste(values + i * size * size, corners + 4 * i, runs[i]);
     }
   });
 

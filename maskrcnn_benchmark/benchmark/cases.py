@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from .. import ops
-from ..ops import box_coder, masks, matching, nms, roi_align
+from ..ops import box_coder, masks, matching, nms, rle, roi_align
 
 Run = Callable[[], Any]
 # Given a case's inputs, does what the timing leaves out (conversions, a forward pass) and returns what is timed.
@@ -555,7 +555,7 @@ def paste_torchvision(p: Pasting) -> list[dict]:
 
 def paste_composite(p: Pasting) -> list[dict]:
     counts, offsets = masks.paste_masks_rle_composite(p.masks, p.boxes, p.height, p.width, 0.5)
-    strings = masks.compress_rle(counts.cpu().numpy(), offsets.cpu().numpy())
+    strings = rle.compress_rle(counts.cpu(), offsets.cpu())
     return [{"size": [p.height, p.width], "counts": string} for string in strings]
 
 

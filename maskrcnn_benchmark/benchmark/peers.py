@@ -223,8 +223,9 @@ def compare_detections(ours: Side, peer: Side) -> dict[str, Any]:
     """How many, and the share of the peer's with one of ours of the same class that overlaps it by more than .9."""
     counts = {side.name: side.counts.mask_head[-1] for side in (ours, peer)}
     shares = []
+    found = ours.found.to_list()
     for image_id, theirs in enumerate(peer.found):
-        mine = [result for result in ours.found if result["image_id"] == image_id]
+        mine = [result for result in found if result["image_id"] == image_id]
         box = torch.tensor([result["bbox"] for result in mine]).reshape(-1, 4)
         box = torch.cat([box[:, :2], box[:, :2] + box[:, 2:]], 1)
         label = torch.tensor([result["category_id"] for result in mine])

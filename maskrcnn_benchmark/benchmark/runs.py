@@ -24,7 +24,8 @@ from ..data.loader import test_loader, train_loader
 from ..device import Device, get_device
 from ..engine import distributed
 from ..errors import UserError
-from ..evaluation.coco import TASKS, evaluate
+from ..evaluation.coco import evaluate
+from ..evaluation.results import concatenate
 from . import environment, flops, peers, sides
 from .results import metric
 from .sides import Batches, Side
@@ -266,8 +267,8 @@ def exposed_evaluation(request: Request, side: Side) -> float:
     if shards is not None:
         results = {images: found for shard in shards for images, found in shard.items()}
         looked_at = [image for images in results for image in images]
-        tasks = TASKS if request.cfg.MODEL.MASK_ON else TASKS[:1]
-        everything = list(itertools.chain.from_iterable(results.values()))
+        tasks = ("bbox", "segm") if request.cfg.MODEL.MASK_ON else ("bbox",)
+        everything = concatenate(list(results.values()))
         evaluate(side.truth, everything, tasks, request.cfg.TEST.EVALUATOR, looked_at)
     return time.perf_counter() - started
 

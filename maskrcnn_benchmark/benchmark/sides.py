@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 from ..device import Device
 from ..engine.optim import make_optimizer, set_learning_rate
 from ..engine.train import parallelize, update
-from ..evaluation.coco import detections_to_coco
+from ..evaluation.results import Results, detections_to_results
 from ..models.build import build_model
 from ..models.rcnn import RCNN
 from ..models.weights import load_weights
@@ -46,7 +46,7 @@ class Side:
     losses: list[dict[str, Tensor]] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     found: Any = None
-    results: dict[tuple[int, ...], list[dict[str, Any]]] = field(default_factory=dict)
+    results: dict[tuple[int, ...], Results] = field(default_factory=dict)
     truth: dict[str, Any] | None = None
     init_seconds: float = 0.0
 
@@ -139,7 +139,7 @@ def inference_side(
 
     def post_processing(detected: tuple) -> None:
         detections, images = detected
-        side.found = detections_to_coco(detections.to("cpu"), images, category_ids, threshold)
+        side.found = detections_to_results(detections.to("cpu"), images, category_ids, threshold)
         side.results[tuple(images.image_ids)] = side.found
         side.counts.mask_head.append(len(side.found))
 

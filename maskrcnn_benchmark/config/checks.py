@@ -26,6 +26,7 @@ CHOICES = {
     "MLPERF.DIVISION": ("open", "closed"),
     "MLPERF.STATUS": ("onprem", "cloud", "preview", "research"),
     "TEST.EVALUATOR": ("hotcoco", "pycocotools"),
+    "TEST.OVERLAP": ("auto", "always", "never"),
 }
 
 POSITIVE = (
@@ -37,6 +38,7 @@ POSITIVE = (
     "INPUT.MAX_SIZE_TRAIN",
     "INPUT.MIN_SIZE_TEST",
     "INPUT.MAX_SIZE_TEST",
+    "TEST.BBOX_AUG.MAX_SIZE",
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
     "MODEL.ROI_HEADS.DETECTIONS_PER_IMG",
@@ -75,6 +77,8 @@ LISTS = {
     "MODEL.ROI_MASK_HEAD.POOLER_SCALES": (NUMBER, 1, True),
     "MODEL.ROI_MASK_HEAD.CONV_LAYERS": (int, 1, True),
     "SOLVER.STEPS": (int, 0, False),
+    "TEST.BBOX_AUG.SCALES": (int, 0, True),
+    "TEST.METRICS": (str, 0, False),
     "TEST.EXPECTED_RESULTS": ((tuple, list), 0, False),
 }
 
@@ -111,6 +115,7 @@ def check(cfg: CfgNode) -> None:
     _check_model(cfg)
     _check_solver(cfg)
     _check_expected(cfg)
+    _check_metrics(cfg)
 
 
 def _check_list(key: str, values: list | tuple, kind: type | tuple[type, ...], length: int, positive: bool) -> None:
@@ -143,6 +148,14 @@ def _check_expected(cfg: CfgNode) -> None:
         not cfg.TEST.EXPECTED_RESULTS or len(cfg.DATASETS.TEST) > 0,
         "TEST.EXPECTED_RESULTS is set, but DATASETS.TEST is empty: nothing would be judged",
     )
+
+
+def _check_metrics(cfg: CfgNode) -> None:
+    """Known before training what can be computed after it."""
+    known = ("coco", "voc07", "voc", "cityscapes")
+    for name in cfg.TEST.METRICS:
+        _require(name in known, f"TEST.METRICS: {name!r} is not known; known are {', '.join(known)}")
+        _require(name != "cityscapes" or cfg.MODEL.MASK_ON, "TEST.METRICS: cityscapes judges masks; set MODEL.MASK_ON")
 
 
 def _require(holds: bool, message: str) -> None:

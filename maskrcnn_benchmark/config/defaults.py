@@ -266,9 +266,25 @@ _C.TEST = CN()
 _C.TEST.IMS_PER_BATCH = 8
 # (+) hotcoco (Rust, many times faster) or pycocotools (the reference)
 _C.TEST.EVALUATOR = "hotcoco"
+# (+) What is computed: coco, and also voc07 (11 points), voc (area under the curve), cityscapes (masks)
+_C.TEST.METRICS = ("coco",)
+# (+) Score while training goes on. auto: with an accelerator and cores that neither ranks nor data workers use; always;
+# never. A run that stops at MLPERF's targets waits for every score
+_C.TEST.OVERLAP = "auto"
 # e.g. [["bbox", "AP", [0.377, 0.003]], ...]: the run fails when a result is not within SIGMA_TOL x sigma of the mean
 _C.TEST.EXPECTED_RESULTS = []
 _C.TEST.EXPECTED_RESULTS_SIGMA_TOL = 4.0
+
+# Test-time augmentation: boxes of all views through one NMS; masks are the mean over the views
+_C.TEST.BBOX_AUG = CN()
+_C.TEST.BBOX_AUG.ENABLED = False
+# A mirrored view at INPUT.MIN_SIZE_TEST
+_C.TEST.BBOX_AUG.H_FLIP = False
+# Views at further short sides, whose long side is limited
+_C.TEST.BBOX_AUG.SCALES = ()
+_C.TEST.BBOX_AUG.MAX_SIZE = 4000
+# Mirrored views at the further short sides too
+_C.TEST.BBOX_AUG.SCALE_H_FLIP = False
 
 _C.LOGGING = CN()
 # (+) Iterations from one log line to the next; the only place where a step waits for the device

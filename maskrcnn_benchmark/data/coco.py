@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from ..errors import DataError
-from ..ops.masks import sound_rle
+from ..ops.rle import sound_rle
 from .content import Source
 from .images import read_image
 from .json_stream import read_elements

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import DataError
-from ..ops.masks import compress_rle
+from ..ops.rle import compress_rle
 from .images import image_size
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,8 @@ def split_instances(instance_map: np.ndarray, ignored: Iterable[int] = (0,)) -> 
         lengths = np.diff(np.concatenate([[0], np.stack([start, end], axis=1).ravel(), [flat.size]]))
         counts.append(lengths if lengths[-1] else lengths[:-1])
     offsets = np.cumsum([0, *map(len, counts)])
-    strings = compress_rle(np.concatenate(counts), offsets) if counts else []
+    lengths = np.concatenate(counts) if counts else np.zeros(0)
+    strings = compress_rle(*(torch.from_numpy(part.astype(np.int64)) for part in (lengths, offsets)))
     for value, runs, string in zip(found.tolist(), np.split(order, first[1:]), strings):
         start, end = starts[runs], ends[runs]
         rle = {"size": [height, width], "counts": string}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from torch import nn
 from yacs.config import CfgNode
@@ -19,31 +20,35 @@ from ..data.coco import CocoDataset
 from ..data.loader import test_loader
 from ..device import Device
 from ..errors import DataError
-from ..evaluation.coco import detections_to_coco, evaluate
+from ..evaluation.results import Results, concatenate, detections_to_results
 from ..report.console import progress
 from ..report.visualize import draw_results, side_by_side
-from . import distributed
+from . import distributed, scoring
 from .checkpoint import write_atomically
+from .views import detect, view_configs
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def infer(cfg: CfgNode, device: Device, model: nn.Module, dataset: CocoDataset) -> list[dict[str, Any]] | None:
-    """COCO results of every image of the data set, each image once, on the main rank; None on the others.
+def infer(cfg: CfgNode, device: Device, model: nn.Module, dataset: CocoDataset) -> Results | None:
+    """Results of every image of the data set, each image once, on the main rank; None on the others.
 
     Detections become COCO results, and masks RLE, batch by batch: memory does not grow with the masks.
     """
     was_training = model.training
     model.eval()
-    loader = test_loader(cfg, dataset, device, distributed.rank(), distributed.world_size())
+    configs, mirrored = zip(*view_configs(cfg))
+    ranks = distributed.rank(), distributed.world_size()
+    loaders = [test_loader(view, dataset, device, *ranks) for view in configs]
     threshold = cfg.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD
     results, seen = [], []
-    for images, _ in progress(loader, len(loader), "inference"):
+    for loaded in progress(zip(*loaders), len(loaders[0]), "inference"):
+        views = [images for images, _ in loaded]
         with device.autocast(getattr(torch, cfg.DTYPE)):
-            detections = model(images)
-        results += detections_to_coco(detections.to("cpu"), images, dataset.category_ids, threshold)
-        seen += images.image_ids
+            detections = detect(model, views, mirrored)
+        results.append(detections_to_results(detections.to("cpu"), views[0], dataset.category_ids, threshold))
+        seen += views[0].image_ids
     model.train(was_training)
     shards = distributed.gather((results, seen))
     if shards is None:
@@ -51,7 +56,7 @@ def infer(cfg: CfgNode, device: Device, model: nn.Module, dataset: CocoDataset) 
     every = sorted(image for _, shard in shards for image in shard)
     if every != sorted(dataset.image_ids):
         raise DataError(f"{dataset.annotation_file}: {len(every)} images evaluated, but it has {len(dataset)}")
-    return [result for shard, _ in shards for result in shard]
+    return concatenate([part for parts, _ in shards for part in parts])
 
 
 def test_datasets(cfg: CfgNode) -> dict[str, CocoDataset]:
@@ -66,38 +71,47 @@ def evaluate_model(
     cfg: CfgNode, device: Device, model: nn.Module, datasets: dict[str, CocoDataset], output: Path
 ) -> dict[str, Any]:
     """Scores of the model, the same on every rank: for the first data set `{"bbox": {...}, "segm": {...}, "images": n,
-    "eval_seconds": s}`, those of further ones under "datasets" by name. Results are kept as OUTPUT/inference/NAME.json,
-    and a few images with truth and predictions as OUTPUT/predictions/*.png."""
+    "eval_seconds": s}`, those of further ones under "datasets" by name."""
+    started = time.perf_counter()
+    requests = run_model(cfg, device, model, datasets, output)
+    scores = distributed.broadcast(combine(datasets, scoring.run(requests)) if requests else None)
+    return scores | {"eval_seconds": time.perf_counter() - started}
+
+
+def run_model(
+    cfg: CfgNode, device: Device, model: nn.Module, datasets: dict[str, CocoDataset], output: Path
+) -> list[scoring.Request] | None:
+    """What is left to score after the model has seen every image, on the main rank; None on the others. Results will be
+    kept as OUTPUT/inference/NAME.json, their curves, class tables and confusion as NAME_details.{json,html}; a few
+    images with truth and predictions are written as OUTPUT/predictions/*.png."""
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-    scores: dict[str, Any] = {}
+    requests = []
     for name, dataset in datasets.items():
-        started = time.perf_counter()
         results = infer(cfg, device, model, dataset)
-        score = None
-        if results is not None:
-            path = output / "inference" / f"{re.sub(r'[^0-9A-Za-z_.-]+', '_', name)}.json"
-            path.parent.mkdir(exist_ok=True)
-            text = json.dumps(results)
-            write_atomically(path, lambda file, text=text: file.write(text.encode()))
-            pictures = output / "predictions" / (path.stem if len(datasets) > 1 else "")
-            draw_pictures(dataset, results, pictures, cfg.LOGGING.PREDICTION_IMAGES)
-            score = evaluate(dataset.ground_truth(), results, tasks, cfg.TEST.EVALUATOR, dataset.image_ids)
-        score = distributed.broadcast(score)
-        score |= {"images": len(dataset), "eval_seconds": time.perf_counter() - started}
-        if scores:
-            scores.setdefault("datasets", {})[name] = score
-        else:
-            scores = score
-    return scores
+        if results is None:
+            continue
+        path = output / "inference" / f"{re.sub(r'[^0-9A-Za-z_.-]+', '_', name)}.json"
+        pictures = output / "predictions" / (path.stem if len(datasets) > 1 else "")
+        draw_pictures(dataset, results, pictures, cfg.LOGGING.PREDICTION_IMAGES)
+        judged_by = (tasks, tuple(cfg.TEST.METRICS), cfg.TEST.EVALUATOR)
+        requests.append(scoring.Request(name, dataset.ground_truth(), dataset.image_ids, results, *judged_by, path))
+    return requests or None
 
 
-def draw_pictures(dataset: CocoDataset, results: list[dict[str, Any]], directory: Path, count: int) -> None:
+def combine(names: Iterable[str], scores: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first data set's scores, with those of further ones under "datasets" by name."""
+    first, *others = scores
+    further = dict(zip(list(names)[1:], others))
+    return first | ({"datasets": further} if further else {})
+
+
+def draw_pictures(dataset: CocoDataset, results: Results, directory: Path, count: int) -> None:
     """The data set's first `count` images, each with its annotations on the left and the detections on the right."""
     directory.mkdir(parents=True, exist_ok=True)
     names = dict(zip(dataset.category_ids, dataset.category_names))
     for index in range(min(count, len(dataset))):
         image, image_id = dataset.load(index).image, dataset.image_ids[index]
-        found = [result for result in results if result["image_id"] == image_id]
+        found = results.select(np.flatnonzero(results.image_ids == image_id)).to_list()
         truth = [annotation for annotation in dataset.annotations(index) if not annotation["iscrowd"]]
         pictures = [draw_results(image, objects, names) for objects in (truth, found)]
         picture = side_by_side(*pictures, ("ground truth", "predictions"))

@@ -1,13 +1,16 @@
-"""Predictions for image files, from a checkpoint alone: it carries the configuration and the class names."""
+"""Predictions for images and videos, from a checkpoint alone: it carries the configuration and the class names."""
 
 from __future__ import annotations
 
+import glob
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import nn
@@ -19,13 +22,15 @@ from ..data.loader import collate
 from ..data.transforms import Sample, build_transforms
 from ..device import Device
 from ..errors import DataError
-from ..evaluation.coco import detections_to_coco
+from ..evaluation.results import detections_to_results
 from ..models.build import build_model
 from . import checkpoint
+from .views import detect, view_configs
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"}
 
 
 @dataclass
@@ -41,9 +46,11 @@ class Predictor:
 
 @dataclass
 class Prediction:
-    """One file: image [H, W, 3] uint8 RGB upright, and its COCO results; or the error that made it unreadable."""
+    """One image file, or one frame (from 0) of a video: image [H, W, 3] uint8 RGB upright, and its COCO results; or the
+    error that made it unreadable."""
 
     path: Path
+    frame: int | None = None
     image: np.ndarray | None = None
     results: list[dict[str, Any]] | None = None
     error: str | None = None
@@ -70,32 +77,39 @@ def load_predictor(weights: Path, device: Device) -> Predictor:
     return Predictor(cfg, device, model.eval(), content["category_ids"], names)
 
 
-def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Files as they are, and the image files right in each directory, by name.
+def find_inputs(inputs: Sequence[str]) -> list[Path]:
+    """Files as they are; of a directory and of a pattern such as `photos/**/*.jpg` the images and videos, by name.
 
     Raises:
-        DataError: an input that does not exist, or a directory without images.
+        DataError: an input that does not exist, a directory or a pattern without images.
     """
     found: list[Path] = []
     for name in inputs:
         path = Path(name)
-        if path.is_dir():
-            images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not images:
-                raise DataError(f"directory {path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-            found += images
-        elif path.is_file():
+        if path.is_file():
             found.append(path)
-        else:
-            raise DataError(f"input {path} does not exist")
+            continue
+        # A directory first: its name may hold brackets
+        files = path.iterdir() if path.is_dir() else map(Path, glob.iglob(name, recursive=True))
+        media = sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+        if not media:
+            what = "holds" if path.is_dir() else "does not exist; as a pattern it matches"
+            known = ", ".join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))
+            raise DataError(f"input {path} {what} no images or videos ({known})")
+        found += media
     return found
 
 
+def count_inputs(paths: Sequence[Path]) -> int:
+    """Images and frames, as far as the files say."""
+    return sum(_frame_count(path) if path.suffix.lower() in VIDEO_SUFFIXES else 1 for path in paths)
+
+
 def predict(predictor: Predictor, paths: Sequence[Path], batch: int) -> Iterator[Prediction]:
-    """The files in order, `batch` of them through the model at a time. A file that cannot be read comes back with its
+    """Images and frames in order, `batch` of them through the model at a time. What cannot be read comes back with its
     error; the others go on."""
-    for start in range(0, len(paths), batch):
-        group = [_read(path) for path in paths[start : start + batch]]
+    inputs = (prediction for path in paths for prediction in _read(path))
+    while group := list(itertools.islice(inputs, batch)):
         readable = [prediction for prediction in group if prediction.image is not None]
         if readable:
             for prediction, results in zip(readable, _detect(predictor, [p.image for p in readable])):
@@ -103,25 +117,56 @@ def predict(predictor: Predictor, paths: Sequence[Path], batch: int) -> Iterator
         yield from group
 
 
-def _read(path: Path) -> Prediction:
+def _read(path: Path) -> Iterator[Prediction]:
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        yield from _read_video(path)
+        return
     try:
-        return Prediction(path, image=read_image(path))
+        yield Prediction(path, image=read_image(path))
     except DataError as error:
-        return Prediction(path, error=str(error))
+        yield Prediction(path, error=str(error))
+
+
+def _read_video(path: Path) -> Iterator[Prediction]:
+    """One frame after the other; at the end an error where frames are missing."""
+    video, frame = cv2.VideoCapture(str(path)), 0
+    try:
+        while (read := video.read())[0]:
+            yield Prediction(path, frame, cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB))
+            frame += 1
+        said = _frame_count(path)
+    finally:
+        video.release()
+    if frame == 0:
+        yield Prediction(path, error=f"video {path} is damaged, or of a kind that OpenCV does not read")
+    elif frame + 1 < said:  # containers that count one frame too many are no news
+        yield Prediction(path, error=f"video {path} is damaged: it ends after {frame} of {said} frames")
+
+
+def _frame_count(path: Path) -> int:
+    """What the container says; 0 where it does not."""
+    video = cv2.VideoCapture(str(path))
+    try:
+        return max(0, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+    finally:
+        video.release()
 
 
 @torch.no_grad()
 def _detect(predictor: Predictor, pictures: list[np.ndarray]) -> list[list[dict[str, Any]]]:
     cfg, device = predictor.cfg, predictor.device
-    transform = build_transforms(cfg, training=False)
     samples = [
-        transform(Sample(image, image_id=i, image_index=i, original_size=image.shape[:2]), np.random.default_rng(0))
-        for i, image in enumerate(pictures)
+        Sample(image, image_id=i, image_index=i, original_size=image.shape[:2]) for i, image in enumerate(pictures)
     ]
-    images, _ = collate(samples, cfg.DATALOADER.SIZE_DIVISIBILITY, cfg.INPUT.FIXED_SHAPES)
-    images = images.to(device.torch_device)
+    configs, mirrored = zip(*view_configs(cfg))
+    views = []
+    for view in configs:
+        transform, rng = build_transforms(view, training=False), np.random.default_rng(0)
+        resized = [transform(sample, rng) for sample in samples]
+        images, _ = collate(resized, cfg.DATALOADER.SIZE_DIVISIBILITY, cfg.INPUT.FIXED_SHAPES)
+        views.append(images.to(device.torch_device))
     with device.autocast(getattr(torch, cfg.DTYPE)):
-        detections = predictor.model(images)
+        detections = detect(predictor.model, views, mirrored)
     threshold = cfg.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD
-    results = detections_to_coco(detections.to("cpu"), images, predictor.category_ids, threshold)
+    results = detections_to_results(detections.to("cpu"), views[0], predictor.category_ids, threshold).to_list()
     return [[result for result in results if result["image_id"] == i] for i in range(len(pictures))]

@@ -8,6 +8,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,15 @@ from ..models.weights import load_weights
 from ..report import mllog
 from ..report.console import TrainingMeter
 from ..structures import ImageBatch, Targets
-from . import checkpoint, distributed
-from .inference import evaluate_model, test_datasets
+from . import checkpoint, distributed, scoring
+from .inference import combine, evaluate_model, run_model, test_datasets
 from .metrics import LossWindow, MetricsWriter
 from .optim import Schedule, make_optimizer, make_schedule, set_learning_rate
 
 logger = logging.getLogger(__name__)
 
 Batch = tuple[ImageBatch, Targets]
+BEST = "model_best.pth"
 
 
 @dataclass
@@ -63,11 +65,24 @@ class Run:
     best: float = -1.0
     scores: dict[str, Any] = field(default_factory=dict)
     scored_at: int | None = None
+    scorer: scoring.Background = field(default_factory=scoring.Background)
+    pending: Pending | None = None
     loss: float | None = None
     losses: LossWindow = field(default_factory=LossWindow)
     written: list[Path] = field(default_factory=list)
     performance: dict[str, Any] = field(default_factory=dict)
     mllog: mllog.MLLog = field(default_factory=mllog.MLLog)
+
+
+@dataclass
+class Pending:
+    """An evaluation that is being scored while training goes on: of step `done`, begun at `started`. content: the
+    checkpoint of that step, in case it is the best."""
+
+    done: int
+    started: float
+    scores: Future
+    content: dict[str, Any] | None
 
 
 def train(run: Run) -> int:
@@ -91,14 +106,16 @@ def train(run: Run) -> int:
         run.meter.add(time.perf_counter() - waited, started - waited)
         if due.log:
             log(run, done, values)
+            collect(run, wait=False)
         run.mllog.end_step(done, run.meter)
         if due.evaluate and run.test:
-            evaluate(run, done)
+            evaluate(run, done, scoring.overlaps(cfg, run.device))
         if due.checkpoint:
             save(run, done, numbered(done))
         if reached_target(run):
             logger.info("MLPERF.MIN_BBOX_MAP and MIN_SEGM_MAP are reached at iteration %d: training stops", done)
             break
+    collect(run, wait=True)
     return done
 
 
@@ -168,11 +185,36 @@ def log(run: Run, done: int, losses: dict[str, float]) -> None:
     )
 
 
-def evaluate(run: Run, done: int) -> None:
-    """Scores the model on DATASETS.TEST, and keeps the best weights as model_best.pth."""
+def evaluate(run: Run, done: int, overlapped: bool = False) -> None:
+    """Scores the model on DATASETS.TEST, and keeps the best weights as model_best.pth. overlapped: returns when the
+    model has seen all images; `collect` does the rest."""
+    collect(run, wait=True)
     distributed.share_buffers(run.model)
     run.mllog.eval_start(done)
-    run.scores = evaluate_model(run.cfg, run.device, run.model, run.test, run.output)
+    if not overlapped:
+        scores = evaluate_model(run.cfg, run.device, run.model, run.test, run.output)
+        record(run, done, scores, checkpoint_content(run, done) if saves(run) else None)
+        return
+    started = time.perf_counter()
+    requests = run_model(run.cfg, run.device, run.model, run.test, run.output)
+    if requests:
+        content = _copy_to_host(checkpoint_content(run, done)) if saves(run) else None
+        run.pending = Pending(done, started, run.scorer.submit(requests), content)
+
+
+def collect(run: Run, wait: bool) -> None:
+    """Records the evaluation that is being scored, if it is finished or is to be waited for."""
+    pending = run.pending
+    if pending is None or not (wait or pending.scores.done()):
+        return
+    run.pending = None
+    scores = combine(run.test, pending.scores.result())
+    record(run, pending.done, scores | {"eval_seconds": time.perf_counter() - pending.started}, pending.content)
+
+
+def record(run: Run, done: int, scores: dict[str, Any], content: dict[str, Any] | None) -> None:
+    """The scores of step `done`: log, metrics, and model_best.pth from its checkpoint when they are the best so far."""
+    run.scores = scores
     run.mllog.eval_stop(done, run.scores)
     run.scored_at = done
     logger.info("accuracy at iteration %d\n%s", done, format_table(run.scores))
@@ -182,7 +224,8 @@ def evaluate(run: Run, done: int) -> None:
     score = run.scores[_tasks(run)[-1]]["AP"]
     if score is not None and score > run.best:
         run.best = score
-        save(run, done, "model_best.pth", last=False)
+        if content is not None:
+            logger.info("wrote %s", checkpoint.save(run.output, BEST, content | {"best": score}, last=False))
 
 
 def reached_target(run: Run) -> bool:
@@ -207,9 +250,24 @@ def numbered(done: int) -> str:
 def save(run: Run, done: int, name: str, last: bool = True) -> None:
     """A checkpoint: weights, optimizer, scaler and where the run stands; also names and preprocessing, so that
     predict.py needs nothing else."""
-    if not (distributed.is_main() and run.cfg.SAVE_CHECKPOINTS):
+    if not saves(run):
         return
-    content = {
+    path = checkpoint.save(run.output, name, checkpoint_content(run, done), last)
+    logger.info("wrote %s", path)
+    if name == numbered(done):
+        run.written.append(path)
+        if len(run.written) > run.cfg.SOLVER.CHECKPOINTS_KEPT > 0:
+            run.written.pop(0).unlink(missing_ok=True)
+
+
+def saves(run: Run) -> bool:
+    """Whether this rank writes checkpoints."""
+    return distributed.is_main() and run.cfg.SAVE_CHECKPOINTS
+
+
+def checkpoint_content(run: Run, done: int) -> dict[str, Any]:
+    """Tensors are the model's own, not copies."""
+    return {
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
@@ -220,12 +278,15 @@ def save(run: Run, done: int, name: str, last: bool = True) -> None:
         "category_names": run.dataset.category_names,
         "world_size": distributed.world_size(),
     }
-    path = checkpoint.save(run.output, name, content, last)
-    logger.info("wrote %s", path)
-    if name == numbered(done):
-        run.written.append(path)
-        if len(run.written) > run.cfg.SOLVER.CHECKPOINTS_KEPT > 0:
-            run.written.pop(0).unlink(missing_ok=True)
+
+
+def _copy_to_host(value: Any) -> Any:
+    """The same nest of dicts and lists with copies of its tensors in the host's memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy_to_host(entry) for key, entry in value.items()}
+    return [_copy_to_host(entry) for entry in value] if isinstance(value, list) else value
 
 
 def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
@@ -248,6 +309,9 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
     if content is None and cfg.MODEL.WEIGHT:
         load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE)
     start, best = (content["iteration"], content["best"]) if content else (0, -1.0)
+    if content and (output / BEST).is_file():
+        # Scored after the checkpoint was written, when evaluation overlaps with training
+        best = max(best, checkpoint.read(output / BEST)["best"])
     loader = train_loader(cfg, dataset, device, rank, world_size, start * cfg.SOLVER.ACCUMULATE_STEPS)
     steps_per_epoch = max(1, loader.iterations_per_epoch // cfg.SOLVER.ACCUMULATE_STEPS)
     schedule = make_schedule(cfg, steps_per_epoch)
@@ -340,6 +404,7 @@ def run_training(cfg: CfgNode, device: Device, resume: bool = False, skip_test: 
         success = reached_target(run) or not (cfg.MLPERF.MIN_BBOX_MAP or cfg.MLPERF.MIN_SEGM_MAP)
     finally:
         run.mllog.run_stop(success)
+        run.scorer.close()
         run.metrics.close()
         run.parallel = run.model  # lets go of the ranks' group, which must be gone before the process ends
     run.performance = measured(run, trained=done > run.start)

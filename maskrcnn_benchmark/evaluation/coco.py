@@ -13,92 +13,117 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pycocotools import mask as coco_mask
 
 from ..data.coco import read_coco
 from ..errors import ConfigError, DataError
-from ..ops.masks import paste_masks_rle, sound_rle
-from ..structures import Detections, ImageBatch
+from ..ops.rle import rle_areas, sound_rle
+from .results import Results
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("bbox", "segm")
-# Indices into COCOeval's axes: areas all, small (< 32^2 pixels), medium, large (> 96^2); IoU .5, .55, ... .95
-_ALL, _SMALL, _MEDIUM, _LARGE = range(4)
+# Task -> the key of its results
+TASKS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
+# Object sizes as COCOeval counts them: small below 32^2 pixels, large above 96^2; keypoints have no small ones
+_SIZES = {"bbox": "asml", "segm": "asml", "keypoints": "aml"}
+# Indices into COCOeval's axis of IoU (for keypoints OKS) .5, .55, ... .95
 _IOU_50, _IOU_75 = 0, 5
+# COCO's limit for keypoints
+_MOST_POSES = 20
+# Spread of human annotators at COCO's 17 keypoints of a person (cocoeval.py)
+_COCO_SIGMAS = [0.26, 0.25, 0.25, 0.35, 0.35, 0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89]
 
-# (ground truth, results, task, limits) -> precision [10, 101, K, 4, limits], recall [10, K, 4, limits] with -1 where
-# there is no ground truth
-Engine = Callable[[dict[str, list[dict]], "_Columns", str, list[int]], tuple[np.ndarray, np.ndarray]]
+Truth = dict[str, list[dict]]
 
 
 @dataclass
-class _Columns:
-    """N results as arrays. boxes [N, 4] float64 xywh; rles: compressed, for segm; areas [N] decide small and large."""
+class Curves:
+    """COCOeval's arrays, -1 where there is no ground truth: IoU x recall 0, .01, ... 1 x class x object size x limit.
 
-    image_ids: np.ndarray
-    category_ids: np.ndarray
-    scores: np.ndarray
-    boxes: np.ndarray
-    areas: np.ndarray
-    rles: list[dict] | None
+    precision [10, 101, K, sizes, limits], recall [10, K, sizes, limits]; names: the K classes.
+    """
+
+    precision: np.ndarray
+    recall: np.ndarray
+    names: list[str]
+
+
+# (ground truth, results whose boxes and areas are the task's, task, limits, OKS sigmas) -> precision, recall
+Engine = Callable[[Truth, Results, str, list[int], list[float] | None], tuple[np.ndarray, np.ndarray]]
 
 
 def evaluate(
-    ground_truth: str | Path | dict[str, Any],
-    results: list[dict[str, Any]],
-    tasks: Sequence[str] = TASKS,
+    ground_truth: str | Path | dict[str, Any] | GroundTruth,
+    results: list[dict[str, Any]] | Results,
+    tasks: Sequence[str] = ("bbox", "segm"),
     evaluator: str = "hotcoco",
     image_ids: list[int] | None = None,
     max_detections: int = 100,
+    keypoint_sigmas: Sequence[float] = (),
 ) -> dict[str, dict[str, Any]]:
-    """COCO's twelve numbers for each task.
+    """COCO's numbers for each task; see `evaluate_with_curves`, whose curves are left away."""
+    arguments = (ground_truth, results, tasks, evaluator, image_ids, max_detections, keypoint_sigmas)
+    return evaluate_with_curves(*arguments)[0]
+
+
+def evaluate_with_curves(
+    ground_truth: str | Path | dict[str, Any] | GroundTruth,
+    results: list[dict[str, Any]] | Results,
+    tasks: Sequence[str] = ("bbox", "segm"),
+    evaluator: str = "hotcoco",
+    image_ids: list[int] | None = None,
+    max_detections: int = 100,
+    keypoint_sigmas: Sequence[float] = (),
+) -> tuple[dict[str, dict[str, Any]], dict[str, Curves]]:
+    """COCO's numbers for each task, and the curves that they summarize.
 
     ground_truth: a COCO instances file or its content. It is not changed, nor are the results.
-    results: COCO results: image_id, category_id, score, and bbox [x, y, width, height] in pixels (for bbox) or
-        segmentation, an RLE (for segm). A bbox takes no part in segm: there the mask's area says small or large.
-    tasks: of "bbox" and "segm".
+    results: COCO results: image_id, category_id, score, and bbox [x, y, width, height] in pixels (for bbox),
+        segmentation, an RLE (for segm), or keypoints [x, y, v, x, y, v, ...]. A bbox takes no part in segm: there the
+        mask's area says small or large.
+    tasks: of "bbox", "segm" and "keypoints".
     evaluator: "hotcoco" or "pycocotools"; where hotcoco is not installed, pycocotools serves, with a warning.
     image_ids: the images that were looked at, each once; None for all. Others do not count.
-    max_detections: the best so many of an image and class count.
+    max_detections: the best so many of an image and class count; for keypoints COCO counts 20.
+    keypoint_sigmas: one a keypoint; COCO's own when there are 17 keypoints and none are given.
 
     Returns for each task AP (mean over IoU .5:.05:.95), AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl as
-    fractions in 0..1, and per_class (name -> AP); None where there is no ground truth to judge by. With another
-    `max_detections` AR100 is named after it.
+    fractions in 0..1 (keypoints: AP, AP50, AP75, APm, APl, AR20, ARm, ARl over OKS), and per_class (name -> AP); None
+    where there is no ground truth to judge by. With another `max_detections` AR100 is named after it.
 
     Raises:
         DataError: ground truth or results that cannot be used; the message names the entry.
-        ConfigError: unknown task or evaluator, max_detections below 1.
+        ConfigError: unknown task or evaluator, max_detections below 1, sigmas that do not fit the keypoints.
     """
     engine = _get_engine(evaluator)
     if unknown := [task for task in tasks if task not in TASKS]:
         raise ConfigError(f"unknown evaluation task {unknown[0]!r}; known are {', '.join(TASKS)}")
     if max_detections < 1:
         raise ConfigError(f"max_detections is {max_detections}, but must be at least 1")
-    limits = [limit for limit in (1, 10) if limit < max_detections] + [max_detections]
-    images, categories, annotations = _read_ground_truth(ground_truth)
-    chosen = _chosen_images(images, image_ids)
-    scores = {}
+    truth, results = prepare(ground_truth, results, tasks, image_ids)
+    scores, curves = {}, {}
     for task in tasks:
-        columns = _read_results(results, task, images, categories, chosen)
-        truth = {
-            "images": [_image_entry(images[i]) for i in sorted(chosen)],
-            "annotations": _clean(annotations, task, images, chosen),
-            "categories": [{"id": i, "name": name} for i, name in categories.items()],
+        most = _MOST_POSES if task == "keypoints" else max_detections
+        limits = [limit for limit in (1, 10) if limit < most and task != "keypoints"] + [most]
+        cleaned = {
+            "images": [_image_entry(image) for image in truth.images.values()],
+            "annotations": clean_annotations(truth, task),
+            "categories": [{"id": i, "name": name} for i, name in truth.categories.items()],
         }
-        _warn_of_crowding(truth["annotations"], max_detections)
+        _warn_of_crowding(cleaned["annotations"], most)
+        sigmas = _sigmas(cleaned, results, keypoint_sigmas) if task == "keypoints" else None
         try:
-            precision, recall = engine(truth, columns, task, limits)
+            precision, recall = engine(cleaned, _of_task(results, task), task, limits, sigmas)
         except ValueError as error:  # hotcoco decodes every RLE, and says so when one is damaged
             raise DataError(f"{task} results cannot be evaluated: {error}") from error
-        scores[task] = _summarize(precision, recall, limits, list(categories.values()))
-    return scores
+        curves[task] = Curves(precision, recall, list(truth.categories.values()))
+        scores[task] = _summarize(curves[task], limits, _SIZES[task])
+    return scores, curves
 
 
 def load_results(path: str | Path) -> list[dict[str, Any]]:
@@ -121,48 +146,16 @@ def load_results(path: str | Path) -> list[dict[str, Any]]:
     return results
 
 
-def detections_to_coco(
-    detections: Detections, images: ImageBatch, category_ids: list[int], threshold: float = 0.5
-) -> list[dict[str, Any]]:
-    """A model's detections as COCO results in pixels of the original images. Waits for the device.
-
-    category_ids: of label l the data set's id is `category_ids[l - 1]`. threshold: pixels whose probability is not
-    below it belong to the mask. Boxes are scaled along each axis by itself, and clipped to the image. Masks become RLEs
-    image by image, so that no batch of full-size masks is ever held.
-    """
-    results = []
-    sizes = images.sizes.tolist()
-    for i, (image_id, (height, width)) in enumerate(zip(images.image_ids, images.original_sizes)):
-        valid = detections.valid[i].nonzero().squeeze(1)
-        labels = detections.labels[i, valid].tolist()
-        scores = detections.scores[i, valid].tolist()
-        scale = torch.tensor([width / sizes[i][1], height / sizes[i][0]], dtype=torch.float64).repeat(2)
-        boxes = detections.boxes[i, valid].cpu().double() * scale
-        boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height] * 2, dtype=torch.float64))
-        masks = None
-        if detections.masks is not None:
-            probabilities = detections.masks[i, valid]
-            masks = paste_masks_rle(probabilities, boxes.float().to(probabilities.device), height, width, threshold)
-        for k, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-            result = {
-                "image_id": image_id,
-                "category_id": category_ids[labels[k] - 1],
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "score": scores[k],
-            }
-            results.append(result | {"segmentation": masks[k]} if masks else result)
-    return results
-
-
 def format_table(scores: dict[str, Any]) -> str:
-    """The main numbers of `evaluate`, one task a line; n/a for None. Keys that are no task are passed over."""
+    """The main numbers of each task and further metric, one a line; n/a for None. Other keys are passed over."""
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     rows = [("task", *names)]
-    for task in TASKS:
+    for task in (*TASKS, "voc07", "voc", "cityscapes"):
         if task in scores:
-            values = [scores[task][name] for name in names]
+            values = [scores[task].get(name) for name in names]
             rows.append((task, *("n/a" if value is None else f"{value:.4f}" for value in values)))
-    return "\n".join("  ".join([f"{row[0]:<4}", *(f"{cell:>6}" for cell in row[1:])]) for row in rows)
+    wide = max(len(row[0]) for row in rows)
+    return "\n".join("  ".join([f"{row[0]:<{wide}}", *(f"{cell:>6}" for cell in row[1:])]) for row in rows)
 
 
 def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
@@ -176,6 +169,41 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str,
 
 
 # -------------------------------------------------------------------------------------------------- ground truth
+
+
+@dataclass
+class GroundTruth:
+    """What results are judged by. images: by id, those that were looked at; categories: id -> name, by rising id;
+    annotations: of these images, as the file has them."""
+
+    images: dict[int, dict]
+    categories: dict[int, str]
+    annotations: list[dict[str, Any]]
+
+    @property
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """(height, width) by image id. Raises DataError where the file does not say."""
+        return {i: _size(image) for i, image in self.images.items()}
+
+
+def prepare(
+    ground_truth: str | Path | dict[str, Any] | GroundTruth,
+    results: list[dict[str, Any]] | Results,
+    tasks: Iterable[str],
+    image_ids: list[int] | None = None,
+) -> tuple[GroundTruth, Results]:
+    """Ground truth and results of the chosen images, checked: what `evaluate` and every other metric judges.
+
+    Raises:
+        DataError: as `evaluate`.
+    """
+    if isinstance(ground_truth, GroundTruth):
+        return ground_truth, results
+    images, categories, annotations = _read_ground_truth(ground_truth)
+    chosen = _chosen_images(images, image_ids)
+    results = _read_results(results, tasks, images, categories, chosen)
+    annotations = [a for a in annotations if a["image_id"] in chosen]
+    return GroundTruth({i: images[i] for i in sorted(chosen)}, categories, annotations), results
 
 
 def _read_ground_truth(
@@ -219,16 +247,14 @@ def _chosen_images(images: dict[int, dict], image_ids: list[int] | None) -> set[
     return set(image_ids)
 
 
-def _clean(annotations: list[dict], task: str, images: dict[int, dict], chosen: set[int]) -> list[dict[str, Any]]:
+def clean_annotations(truth: GroundTruth, task: str) -> list[dict[str, Any]]:
     """New annotations with just the keys that evaluation reads, all present.
 
     Ids count from 1: COCOeval takes a match with annotation id 0 for no match.
     """
     cleaned, unusable, trimmed = [], [], []
-    for annotation in annotations:
-        image, name = images[annotation["image_id"]], annotation.get("id")
-        if image["id"] not in chosen:
-            continue
+    for annotation in truth.annotations:
+        image, name = truth.images[annotation["image_id"]], annotation.get("id")
         try:
             box, area, segmentation = _shape(annotation, task, image)
         except (TypeError, ValueError) as error:
@@ -247,9 +273,45 @@ def _clean(annotations: list[dict], task: str, images: dict[int, dict], chosen: 
             "area": area,
             "iscrowd": int(bool(annotation.get("iscrowd", 0))),
         }
-        cleaned.append(entry | {"segmentation": segmentation} if task == "segm" else entry)
+        if annotation.get("difficult"):  # VOC's
+            entry["difficult"] = 1
+        if task == "segm":
+            entry["segmentation"] = segmentation
+        elif task == "keypoints":
+            entry |= _keypoints(annotation)
+        cleaned.append(entry)
     _warn_of_dropped(task, unusable, trimmed)
     return cleaned
+
+
+def _keypoints(annotation: dict[str, Any]) -> dict[str, Any]:
+    """keypoints and num_keypoints of an annotation; one without any visible is not looked for."""
+    points = annotation.get("keypoints") or []
+    if len(points) % 3 or not all(isinstance(v, (int, float)) for v in points):
+        raise DataError(
+            f"ground truth: annotation id {annotation.get('id')}: keypoints must be [x, y, v, x, y, v, ...]"
+        )
+    return {"keypoints": points, "num_keypoints": sum(v > 0 for v in points[2::3])}
+
+
+def _sigmas(truth: Truth, results: Results, given: Sequence[float]) -> list[float]:
+    """The OKS sigma of each keypoint; checks that all objects have equally many. Fills in those that have none."""
+    counts = {len(entry["keypoints"]) // 3 for entry in truth["annotations"] if entry["keypoints"]}
+    if len(results):
+        counts.add(results.keypoints.shape[1])
+    if len(counts) > 1:
+        raise DataError(
+            f"ground truth and results have objects of {sorted(counts)} keypoints; they must be equally many"
+        )
+    count = counts.pop() if counts else len(_COCO_SIGMAS)
+    sigmas = list(given) or [sigma / 10 for sigma in _COCO_SIGMAS]
+    if len(sigmas) != count:
+        raise ConfigError(
+            f"there are {len(sigmas)} OKS sigmas for {count} keypoints: give `keypoint_sigmas`, {count} numbers"
+        )
+    for entry in truth["annotations"]:
+        entry["keypoints"] = entry["keypoints"] or [0] * (3 * count)
+    return sigmas
 
 
 def _warn_of_dropped(task: str, unusable: list[Any], trimmed: list[Any]) -> None:
@@ -345,77 +407,134 @@ def _warn_of_crowding(annotations: list[dict], max_detections: int) -> None:
 
 
 def _read_results(
-    results: list[dict], task: str, images: dict[int, dict], categories: dict[int, str], chosen: set[int]
-) -> _Columns:
-    """The results as arrays, checked; only those of the chosen images."""
-    key = "bbox" if task == "bbox" else "segmentation"
+    results: list[dict] | Results,
+    tasks: Iterable[str],
+    images: dict[int, dict],
+    categories: dict[int, str],
+    chosen: set,
+) -> Results:
+    """The results of the chosen images as arrays, with what the tasks need, checked.
+
+    Raises:
+        DataError: what is wrong, and in which entry.
+    """
+    if not isinstance(results, Results):
+        results = _from_list(results, tasks)
+    _check_ids("images", results.image_ids, images)
+    _check_ids("categories", results.category_ids, categories)
+    for task, values in (("bbox", results.boxes), ("keypoints", results.keypoints)):
+        finite = np.isfinite(results.scores)
+        if values is not None and task in tasks:
+            finite = finite & np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        if not finite.all():
+            index = int(np.flatnonzero(~finite)[0])
+            where = f"results[{index}] (image id {results.image_ids[index]})"
+            raise DataError(f"{where} has a score, bbox or keypoint that is NaN or infinite")
+    if len(chosen) < len(images):
+        results = results.select(np.flatnonzero(np.isin(results.image_ids, list(chosen))))
+    if "segm" in tasks and results.areas is None:
+        _measure_masks(results, images)
+    return results
+
+
+def _check_ids(kind: str, ids: np.ndarray, known: dict[int, Any]) -> None:
+    unknown = set(np.unique(ids).tolist()) - known.keys()
+    if unknown:
+        raise DataError(f"results name {kind} that are not in the ground truth: ids {_some(sorted(unknown))}")
+
+
+def _from_list(results: list[dict], tasks: Iterable[str]) -> Results:
+    """COCO's results format as arrays; masks as they are, not looked at."""
     if not isinstance(results, list):
         raise DataError(f"results must be a list, not {_kind(results)}")
+    keys = [TASKS[task] for task in tasks]
     try:
-        image_ids = [result["image_id"] for result in results]
-        category_ids = [result["category_id"] for result in results]
-        shapes = [result[key] for result in results]
-        scores = np.array([result["score"] for result in results], dtype=np.float64)
-        boxes = np.array(shapes if task == "bbox" else [], dtype=np.float64).reshape(-1, 4)
-        unknown_images, unknown_categories = set(image_ids) - images.keys(), set(category_ids) - categories.keys()
-        if len(boxes) != (len(results) if task == "bbox" else 0) or scores.ndim != 1:
+        columns = {key: [result[key] for result in results] for key in ("image_id", "category_id", "score", *keys)}
+        ids = [np.array(columns[key]) for key in ("image_id", "category_id")]
+        scores = np.array(columns["score"], dtype=np.float64)
+        boxes = np.array(columns["bbox"], dtype=np.float64).reshape(-1, 4) if "bbox" in keys else None
+        points = None
+        if "keypoints" in keys:
+            count = len(results[0]["keypoints"]) // 3 if results else 1
+            points = np.array(columns["keypoints"], dtype=np.float64).reshape(len(results), count, 3)
+        whole = all(values.dtype.kind in "iu" or not len(results) for values in ids)
+        if scores.ndim != 1 or not whole or (boxes is not None and len(boxes) != len(results)):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(_first_bad_result(results, key)) from error
-    if unknown_images:
-        raise DataError(f"results name images that are not in the ground truth: ids {_some(unknown_images)}")
-    if unknown_categories:
-        raise DataError(f"results name categories that are not in the ground truth: ids {_some(unknown_categories)}")
-    finite = np.isfinite(scores) & (np.isfinite(boxes).all(axis=1) if task == "bbox" else True)
-    if not finite.all():
-        index = int(np.flatnonzero(~finite)[0])
-        raise DataError(f"results[{index}] (image id {image_ids[index]}) has a score or bbox that is NaN or infinite")
-    keep = [index for index, image_id in enumerate(image_ids) if image_id in chosen]
-    rles, areas = None, boxes[:, 2] * boxes[:, 3]
+        raise DataError(_first_bad_result(results, keys)) from error
+    ids = [values.astype(np.int64) for values in ids]
+    return Results(*ids, scores, boxes, masks=columns.get("segmentation"), keypoints=points)
+
+
+def _measure_masks(results: Results, images: dict[int, dict]) -> None:
+    """Fills in sizes and areas. Masks of any form that COCO knows become compressed RLEs.
+
+    Raises DataError for the first that is damaged or of another size.
+    """
+    size_of = {i: _size(images[i]) for i in np.unique(results.image_ids).tolist()}
+    results.sizes = np.array([size_of[i] for i in results.image_ids.tolist()], np.int64).reshape(-1, 2)
+    texts = []
+    for index, (mask, (height, width)) in enumerate(zip(results.masks, results.sizes.tolist())):
+        plain = isinstance(mask, dict) and isinstance(mask.get("counts"), str) and mask.get("size") == [height, width]
+        if not plain:
+            mask = _encode_result(index, results, height, width)
+        texts.append(mask["counts"])
+    areas = rle_areas(texts, results.sizes.prod(axis=1))
+    if (areas < 0).any():
+        index = int(np.flatnonzero(areas < 0)[0])
+        raise DataError(_bad_mask(index, results, *results.sizes[index].tolist()))
+    results.masks, results.areas = texts, areas.astype(np.float64)
+
+
+def _of_task(results: Results, task: str) -> Results:
+    """With the boxes and areas that COCOeval's results have in this task: they decide small and large."""
+    if task == "bbox":
+        return replace(results, areas=results.boxes[:, 2] * results.boxes[:, 3], masks=None)
     if task == "segm":
-        encoded = [_encode_result(index, results[index], images) for index in keep]
-        rles = [rle for rle, _ in encoded]
-        areas = np.array([area for _, area in encoded], dtype=np.float64)
-        boxes = np.zeros((len(results), 4))
-    return _Columns(
-        image_ids=np.array(image_ids, dtype=np.int64)[keep],
-        category_ids=np.array(category_ids, dtype=np.int64)[keep],
-        scores=scores[keep],
-        boxes=boxes[keep],
-        areas=areas if task == "segm" else areas[keep],
-        rles=rles,
-    )
+        return replace(results, boxes=np.zeros((len(results), 4)))
+    points = results.keypoints[..., :2]
+    low, high = points.min(axis=1), points.max(axis=1)
+    boxes = np.concatenate([low, high - low], axis=1)
+    return replace(results, boxes=boxes, areas=boxes[:, 2] * boxes[:, 3], masks=None)
 
 
-def _first_bad_result(results: list[Any], key: str) -> str:
+def _first_bad_result(results: list[Any], keys: list[str]) -> str:
     """What is wrong with the first entry that cannot be read."""
     for index, result in enumerate(results):
         if not isinstance(result, dict):
             return f"results[{index}] must be an object, not {_kind(result)}"
         where = f"results[{index}] (image id {result.get('image_id')})"
-        if missing := [name for name in ("image_id", "category_id", "score", key) if name not in result]:
+        if missing := [name for name in ("image_id", "category_id", "score", *keys) if name not in result]:
             return f"{where} has no {', '.join(missing)}"
         if not isinstance(result["score"], (int, float, np.number)):
             return f"{where}: score must be a number, not {result['score']!r}"
-        box = result[key]
-        if key == "bbox" and (np.shape(box) != (4,) or not all(isinstance(v, (int, float, np.number)) for v in box)):
-            return f"{where}: bbox must be [x, y, width, height], not {box!r}"
-    return "results: an image_id or category_id is not a whole number"
+        for key in ("image_id", "category_id"):
+            if not isinstance(result[key], (int, np.integer)):
+                return f"{where}: {key} must be a whole number, not {result[key]!r}"
+        if "bbox" in keys and not _are_numbers(result["bbox"], 4):
+            return f"{where}: bbox must be [x, y, width, height], not {result['bbox']!r}"
+        if "keypoints" in keys and not _are_numbers(result["keypoints"], len(results[0]["keypoints"])):
+            return f"{where}: keypoints must be [x, y, v, x, y, v, ...], equally many in all results"
+    return "results: keypoints must be [x, y, v, x, y, v, ...]"
 
 
-def _encode_result(index: int, result: dict[str, Any], images: dict[int, dict]) -> tuple[dict[str, Any], int]:
-    image_id = result["image_id"]
-    height, width = _size(images[image_id])
+def _are_numbers(values: Any, count: int) -> bool:
+    return np.shape(values) == (count,) and all(isinstance(v, (int, float, np.number)) for v in values)
+
+
+def _encode_result(index: int, results: Results, height: int, width: int) -> dict[str, Any]:
     try:
-        encoded = _encode(result["segmentation"], height, width)
+        encoded = _encode(results.masks[index], height, width)
     except (TypeError, ValueError):
         encoded = None
     if encoded is None:
-        raise DataError(
-            f"results[{index}] (image id {image_id}): its segmentation is no RLE of a mask {height} pixels high and "
-            f"{width} wide"
-        )
-    return encoded
+        raise DataError(_bad_mask(index, results, height, width))
+    return encoded[0]
+
+
+def _bad_mask(index: int, results: Results, height: int, width: int) -> str:
+    where = f"results[{index}] (image id {results.image_ids[index]})"
+    return f"{where}: its segmentation is no RLE of a mask {height} pixels high and {width} wide"
 
 
 # ------------------------------------------------------------------------------------------------------ engines
@@ -435,63 +554,86 @@ def _get_engine(name: str) -> Engine:
     return _run_pycocotools
 
 
-def _run_hotcoco(truth: dict, columns: _Columns, task: str, limits: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _run_hotcoco(
+    truth: Truth, results: Results, task: str, limits: list[int], sigmas: list[float] | None
+) -> tuple[np.ndarray, np.ndarray]:
     from hotcoco import COCO, COCOeval
 
     coco = COCO(truth)
-    table = np.column_stack([columns.image_ids, columns.boxes, columns.scores, columns.category_ids])
-    detections = coco.load_res(table, segmentation=columns.rles)
+    if task == "keypoints":
+        detections = coco.load_res(_with_ids(results)) if len(results) else coco.load_res(np.zeros((0, 7)))
+    else:
+        table = np.column_stack([results.image_ids, results.boxes, results.scores, results.category_ids])
+        detections = coco.load_res(table, segmentation=results.rles() if task == "segm" else None)
     # load_res takes the area from the box columns, for masks too
-    detections.update_anns(ids=np.arange(1, len(table) + 1), area=columns.areas)
+    detections.update_anns(ids=np.arange(1, len(results) + 1), area=results.areas)
     evaluation = COCOeval(coco, detections, task)
     evaluation.params.max_dets = limits
+    if sigmas:
+        evaluation.params.kpt_oks_sigmas = sigmas
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation.eval["precision"], evaluation.eval["recall"]
 
 
-def _run_pycocotools(truth: dict, columns: _Columns, task: str, limits: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _run_pycocotools(
+    truth: Truth, results: Results, task: str, limits: list[int], sigmas: list[float] | None
+) -> tuple[np.ndarray, np.ndarray]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    names = ("image_id", "category_id", "score", "bbox", "area")
-    arrays = (columns.image_ids, columns.category_ids, columns.scores, columns.boxes, columns.areas)
-    results = [dict(zip(names, row)) for row in zip(*(array.tolist() for array in arrays))]
-    for index, result in enumerate(results):
-        result |= {"id": index + 1, "iscrowd": 0}
-        if columns.rles is not None:
-            result["segmentation"] = columns.rles[index]
     with redirect_stdout(io.StringIO()):
         coco, detections = COCO(), COCO()
-        coco.dataset, detections.dataset = truth, {**truth, "annotations": results}
+        coco.dataset, detections.dataset = truth, {**truth, "annotations": _with_ids(results)}
         coco.createIndex()
         detections.createIndex()
         evaluation = COCOeval(coco, detections, task)
         evaluation.params.maxDets = limits
+        if sigmas:
+            evaluation.params.kpt_oks_sigmas = np.array(sigmas)
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval["precision"], evaluation.eval["recall"]
 
 
-def _summarize(precision: np.ndarray, recall: np.ndarray, limits: list[int], names: list[str]) -> dict[str, Any]:
-    """The twelve numbers, precision always at the last limit: COCOeval.summarize looks for 100, and else says -1."""
-    at_limit = precision[..., -1]
+def _with_ids(results: Results) -> list[dict[str, Any]]:
+    """Annotations as pycocotools' loadRes makes them; ids count from 1."""
+    entries = results.to_list()
+    for index, (entry, area) in enumerate(zip(entries, results.areas.tolist()), start=1):
+        entry |= {"id": index, "iscrowd": 0, "area": area}
+    return entries
+
+
+def _summarize(curves: Curves, limits: list[int], sizes: str) -> dict[str, Any]:
+    """The numbers of COCOeval.summarize, precision at the last limit: summarize itself looks for 100, else says -1."""
+    precision, recall = curves.precision[..., -1], curves.recall
     scores: dict[str, Any] = {
-        "AP": _mean(at_limit[..., _ALL]),
-        "AP50": _mean(at_limit[_IOU_50, ..., _ALL]),
-        "AP75": _mean(at_limit[_IOU_75, ..., _ALL]),
-        "APs": _mean(at_limit[..., _SMALL]),
-        "APm": _mean(at_limit[..., _MEDIUM]),
-        "APl": _mean(at_limit[..., _LARGE]),
+        "AP": _mean(precision[..., 0]),
+        "AP50": _mean(precision[_IOU_50, ..., 0]),
+        "AP75": _mean(precision[_IOU_75, ..., 0]),
     }
-    scores |= {f"AR{limit}": _mean(recall[..., _ALL, i]) for i, limit in enumerate(limits)}
-    scores |= {
-        "ARs": _mean(recall[..., _SMALL, -1]),
-        "ARm": _mean(recall[..., _MEDIUM, -1]),
-        "ARl": _mean(recall[..., _LARGE, -1]),
-    }
-    scores["per_class"] = {name: _mean(at_limit[:, :, k, _ALL]) for k, name in enumerate(names)}
+    scores |= {f"AP{size}": _mean(precision[..., i]) for i, size in enumerate(sizes) if i}
+    scores |= {f"AR{limit}": _mean(recall[..., 0, i]) for i, limit in enumerate(limits)}
+    scores |= {f"AR{size}": _mean(recall[..., i, -1]) for i, size in enumerate(sizes) if i}
+    scores["per_class"] = {name: _mean(precision[:, :, k, 0]) for k, name in enumerate(curves.names)}
     return scores
+
+
+def of_classes(curves: Curves) -> list[tuple[str, dict[str, float | None]]]:
+    """Each class's AP, AP50, AP75 and AR; None without objects."""
+    precision, recall = curves.precision[..., 0, -1], curves.recall[..., 0, -1]
+    return [
+        (
+            name,
+            {
+                "AP": _mean(precision[:, :, k]),
+                "AP50": _mean(precision[_IOU_50, :, k]),
+                "AP75": _mean(precision[_IOU_75, :, k]),
+                "AR": _mean(recall[:, k]),
+            },
+        )
+        for k, name in enumerate(curves.names)
+    ]
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -166,6 +166,13 @@ class BoxHead(nn.Module):
 
     def detect(self, features: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
         """Each (proposal, class) pair above the score threshold, NMS within a class, the best of all."""
+        return self.select(*self.candidates(features, proposals, sizes))
+
+    def candidates(
+        self, features: list[Tensor], proposals: Proposals, sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Each of B x K x C (proposal, class) pairs: boxes [B, K * C, 4] clipped to the image, scores, group
+        (label - 1), and whether the score is above the threshold."""
         fields = (proposals.boxes, image_index_of(proposals.valid))
         rows, _, (box, image) = flatten_valid(proposals.valid, fields, self.compact)
         _, logits, deltas = self(features, box, image)
@@ -176,10 +183,13 @@ class BoxHead(nn.Module):
         score = unflatten(rows, score, shape).flatten(1)
         decoded = boxes.clip(unflatten(rows, decoded, shape).flatten(1, 2), sizes)
         group = torch.arange(logits.shape[1] - 1, device=score.device).repeat(shape[1]).expand(shape[0], -1)
-        candidate = (score > self.score_threshold) & decoded.isfinite().all(-1)
-        index, keep = nms.nms(decoded, score, group, candidate, self.nms_threshold, self.detections_per_image)
+        return decoded, score, group, (score > self.score_threshold) & decoded.isfinite().all(-1)
+
+    def select(self, boxes: Tensor, score: Tensor, group: Tensor, candidate: Tensor) -> Detections:
+        """The best of the candidates after NMS within each group."""
+        index, keep = nms.nms(boxes, score, group, candidate, self.nms_threshold, self.detections_per_image)
         return Detections(
-            boxes=take(decoded, index), scores=score.gather(1, index), labels=group.gather(1, index) + 1, valid=keep
+            boxes=take(boxes, index), scores=score.gather(1, index), labels=group.gather(1, index) + 1, valid=keep
         )
 
 

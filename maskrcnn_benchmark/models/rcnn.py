@@ -64,11 +64,15 @@ class RCNN(nn.Module):
     def mask_head(self) -> MaskHead | None:
         return dict(self.roi_heads.items()).get("mask")
 
+    def features(self, images: ImageBatch) -> tuple[list[Tensor], torch.Size]:
+        """The backbone's maps, and the padded (height, width) they were made of."""
+        x = self.normalize(images).contiguous(memory_format=self.memory_format)
+        return self.backbone(x), x.shape[-2:]
+
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
         """With targets the losses by name, each a scalar; without them Detections in pixels of the resized images."""
-        x = self.normalize(images).contiguous(memory_format=self.memory_format)
-        features = self.backbone(x)
-        proposals, losses = self.rpn(features, x.shape[-2:], images.sizes, targets)
+        features, padded = self.features(images)
+        proposals, losses = self.rpn(features, padded, images.sizes, targets)
         box_head, mask_head = self.roi_heads["box"], self.mask_head
         if targets is None:
             detections = box_head.detect(features, proposals, images.sizes)

@@ -15,6 +15,7 @@ from . import (
     matching,
     nms,
     proposals,
+    rle,
     roi_align,
     soft_nms,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "matching",
     "nms",
     "proposals",
+    "rle",
     "roi_align",
     "soft_nms",
 ]

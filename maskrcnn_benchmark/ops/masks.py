@@ -1,23 +1,14 @@
-"""Masks: training targets from polygons and bitmaps, predictions to COCO run-length encoding.
-
-A COCO RLE lists run lengths of 0s and 1s in turn, zeros first, down each column of the image and column after column.
-"""
+"""Masks: training targets from polygons and bitmaps, predictions to COCO run-length encoding (`rle.py`)."""
 
 from __future__ import annotations
 
-import itertools
-import re
-
-import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from .library import LIBRARY, register_composite
+from .rle import compress_rle
 from .roi_align import roi_align
 
-# Characters of a compressed RLE; the last one has no continuation bit. pycocotools reads on and on where it has.
-_COMPRESSED = re.compile(r"(?:[0-o]*[0-O])?")
 # Elements of a temporary in the composites: 2 million doubles are 16 MB.
 _BUDGET = 1 << 21
 # pycocotools draws a polygon on a grid five times finer than the pixels.
@@ -97,72 +88,7 @@ def paste_masks_rle(masks: Tensor, boxes: Tensor, height: int, width: int, thres
     counts, offsets = torch.ops.maskrcnn_benchmark.paste_masks_rle(
         masks.float(), boxes.float(), height, width, threshold
     )
-    strings = compress_rle(counts.cpu().numpy(), offsets.cpu().numpy())
-    return [{"size": [height, width], "counts": string} for string in strings]
-
-
-def compress_rle(counts: np.ndarray, offsets: np.ndarray) -> list[str]:
-    """COCO's compressed strings of many run-length encodings at once.
-
-    counts: [T] integers, the run lengths of all masks.
-    offsets: [D + 1]; mask d owns `counts[offsets[d]:offsets[d + 1]]`.
-
-    The format (pycocotools `rleToString`): from the fourth run on, a run is stored as its difference to the run two
-    before it; a number is cut into groups of five bits, lowest first, until the rest is only copies of the sign bit;
-    a group becomes a character from "0" on, plus 32 when more groups follow.
-    """
-    offsets = np.asarray(offsets, dtype=np.int64)
-    counts = np.asarray(counts, dtype=np.int64)
-    run_in_mask = np.arange(len(counts)) - np.repeat(offsets[:-1], np.diff(offsets))
-    differs = np.flatnonzero(run_in_mask > 2)
-    rest = counts.copy()
-    rest[differs] -= counts[differs - 2]
-
-    groups, used = [], []
-    more = np.ones(len(rest), dtype=bool)
-    while more.any():
-        used.append(more)
-        group = rest & 31
-        rest = rest >> 5
-        more = more & (rest != np.where(group & 16, -1, 0))
-        groups.append(group + np.where(more, 32, 0) + ord("0"))
-    if not groups:
-        return [""] * (len(offsets) - 1)
-    used = np.stack(used, axis=1)
-    text = np.stack(groups, axis=1)[used].astype(np.uint8).tobytes().decode("ascii")
-    ends = np.concatenate([[0], np.cumsum(used.sum(axis=1))])[offsets]
-    return [text[start:end] for start, end in itertools.pairwise(ends)]
-
-
-def sound_rle(rle: dict, height: int, width: int) -> tuple[dict, int] | None:
-    """The COCO RLE as {"size": [height, width], "counts": compressed str}, and its area in pixels; None when it is
-    damaged, or of another size.
-
-    "counts" may be compressed (str or bytes) or a list of run lengths. pycocotools checks nothing: given a damaged RLE
-    it reads on for ever, or writes where it must not.
-    """
-    counts = rle.get("counts")
-    if list(rle.get("size", ())) != [height, width]:
-        return None
-    if isinstance(counts, list):
-        if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
-            return None
-        counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
-    if isinstance(counts, bytes):
-        counts = counts.decode("ascii", "replace")
-    if not isinstance(counts, str) or not _COMPRESSED.fullmatch(counts):
-        return None
-    sound = {"size": [height, width], "counts": counts}
-    area = int(coco_mask.area(sound))
-    return (sound, area) if area <= height * width else None
-
-
-def decode_rle(rle: dict) -> np.ndarray:
-    """Bitmap [height, width] uint8 of a COCO RLE, compressed or not. Raises ValueError when it is damaged."""
-    sound = sound_rle(rle, *rle["size"])
-    if sound is None:
-        raise ValueError(f"not a COCO RLE of a mask of {rle['size'][0]} x {rle['size'][1]} pixels")
-    return coco_mask.decode(sound[0])
+    return [{"size": [height, width], "counts": text} for text in compress_rle(counts.cpu(), offsets.cpu())]
 
 
 def polygon_targets_composite(

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import DataError
 from ..evaluation.coco import segmentation_to_rle
-from ..ops.masks import decode_rle
+from ..ops.rle import decode_rle
 
 logger = logging.getLogger(__name__)
 

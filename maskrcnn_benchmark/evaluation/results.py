@@ -1,0 +1,115 @@
+"""Detections in a data set's own terms, as arrays: half a million of them as dicts would be millions of objects, which
+cost ten times the memory and keep the garbage collector busy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..ops.masks import paste_masks_rle
+from ..ops.rle import rle_areas
+from ..structures import Detections, ImageBatch
+
+
+@dataclass
+class Results:
+    """N detections, in pixels of the original images.
+
+    image_ids, category_ids: [N] int64, the data set's. scores: [N] float64. boxes: [N, 4] float64 x, y, width, height.
+    masks: N compressed RLEs, `counts` alone; sizes: [N, 2] int64 (height, width) of their images; areas: [N] float64,
+    pixels of each mask. keypoints: [N, K, 3] float64 x, y, visibility. None for what there is not.
+    """
+
+    image_ids: np.ndarray
+    category_ids: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray | None = None
+    masks: list[str] | None = None
+    sizes: np.ndarray | None = None
+    areas: np.ndarray | None = None
+    keypoints: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def select(self, index: np.ndarray) -> Results:
+        """The detections `index` [M] int64."""
+        chosen = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            chosen[field.name] = [value[i] for i in index.tolist()] if isinstance(value, list) else value
+            if isinstance(value, np.ndarray):
+                chosen[field.name] = value[index]
+        return Results(**chosen)
+
+    def rles(self) -> list[dict[str, Any]]:
+        """The masks as COCO RLEs. Those of one image follow each other, and share their list of height and width."""
+        rles, before, size = [], (-1, -1), []
+        for counts, here in zip(self.masks, zip(*self.sizes.T.tolist())):
+            if here != before:
+                before, size = here, list(here)
+            rles.append({"size": size, "counts": counts})
+        return rles
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """In COCO's results format."""
+        columns: dict[str, Any] = {"image_id": self.image_ids.tolist(), "category_id": self.category_ids.tolist()}
+        if self.boxes is not None:
+            columns["bbox"] = self.boxes.tolist()
+        columns["score"] = self.scores.tolist()
+        if self.masks is not None:
+            columns["segmentation"] = self.rles()
+        if self.keypoints is not None:
+            columns["keypoints"] = self.keypoints.reshape(len(self), 3 * self.keypoints.shape[1]).tolist()
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+def concatenate(parts: Sequence[Results]) -> Results:
+    """All detections of the parts, at least one, which have the same fields."""
+    joined: dict[str, Any] = {}
+    for field in fields(Results):
+        values = [getattr(part, field.name) for part in parts]
+        if isinstance(values[0], np.ndarray):
+            joined[field.name] = np.concatenate(values)
+        else:
+            joined[field.name] = None if values[0] is None else [mask for masks in values for mask in masks]
+    return Results(**joined)
+
+
+def detections_to_results(
+    detections: Detections, images: ImageBatch, category_ids: list[int], threshold: float = 0.5
+) -> Results:
+    """A model's detections in pixels of the original images. Waits for the device.
+
+    category_ids: of label l the data set's id is `category_ids[l - 1]`. threshold: pixels whose probability is not
+    below it belong to the mask. Boxes are scaled along each axis by itself, and clipped to the image. Masks become RLEs
+    image by image, so that no batch of full-size masks is ever held.
+    """
+    valid = detections.valid.cpu().numpy()
+    row = np.nonzero(valid)[0]
+    original = np.array(images.original_sizes, np.int64).reshape(-1, 2)
+    scale = (original / images.sizes.cpu().numpy())[row][:, [1, 0, 1, 0]]
+    corners = detections.boxes.cpu().numpy()[valid].astype(np.float64) * scale
+    corners = np.clip(corners, 0, original[row][:, [1, 0, 1, 0]])
+    results = Results(
+        image_ids=np.array(images.image_ids, np.int64)[row],
+        category_ids=np.array(category_ids, np.int64)[detections.labels.cpu().numpy()[valid] - 1],
+        scores=detections.scores.cpu().numpy()[valid].astype(np.float64),
+        boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
+    )
+    if detections.masks is not None:
+        boxes, ends = torch.from_numpy(corners.astype(np.float32)), np.cumsum(valid.sum(axis=1)).tolist()
+        results.sizes, results.masks = original[row], []
+        for i, (start, end) in enumerate(zip([0, *ends], ends)):
+            # On a CPU, valid detections come first: a view, not a copy. Elsewhere the mask head's padding is dropped.
+            masks = detections.masks[i]
+            masks = masks[: end - start] if valid[i, : end - start].all() else masks[detections.valid[i]]
+            size = images.original_sizes[i]
+            rles = paste_masks_rle(masks, boxes[start:end].to(masks.device), *size, threshold)
+            results.masks += [rle["counts"] for rle in rles]
+        results.areas = rle_areas(results.masks, results.sizes.prod(axis=1)).astype(np.float64)
+    return results

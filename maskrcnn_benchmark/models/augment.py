@@ -1,0 +1,61 @@
+"""Test-time augmentation: one detector looks at several views of each image, and its answers become one.
+
+As Detectron's and upstream's: the boxes of all views go through NMS together, then every view predicts the masks of the
+boxes that are left, and their mean counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..structures import Detections, ImageBatch
+from .rcnn import RCNN
+
+
+def detect(model: RCNN, views: list[tuple[ImageBatch, bool]]) -> Detections:
+    """Detections in pixels of the first view's resized images.
+
+    views: the same images at several sizes, and whether each is to be mirrored.
+    """
+    base = views[0][0]
+    head, seen = model.roi_heads["box"], []
+    parts: list[tuple[Tensor, ...]] = []
+    for images, flipped in views:
+        scale = (base.sizes / images.sizes).flip(1).repeat(1, 2)[:, None].to(torch.float32)
+        shown = _mirror(images) if flipped else images
+        features, padded = model.features(shown)
+        proposals, _ = model.rpn(features, padded, images.sizes)
+        boxes, *rest = head.candidates(features, proposals, images.sizes)
+        boxes = _mirror_boxes(boxes, images.sizes) if flipped else boxes
+        parts.append((boxes * scale, *rest))
+        seen.append((features, images.sizes, scale, flipped))
+    joined = [torch.cat(tensors, 1) for tensors in zip(*parts)]
+    detections = head.select(*joined)
+    mask_head = model.mask_head
+    if mask_head is None:
+        return detections
+    total = 0.0
+    for features, sizes, scale, flipped in seen:
+        boxes = detections.boxes / scale
+        boxes = _mirror_boxes(boxes, sizes) if flipped else boxes
+        masks = mask_head.detect(features, replace(detections, boxes=boxes)).masks
+        total = total + (masks.flip(-1) if flipped else masks)
+    return replace(detections, masks=total / len(views))
+
+
+def _mirror(images: ImageBatch) -> ImageBatch:
+    """Each image mirrored within its own width; its padding stays on the right."""
+    width = images.sizes[:, 1:]
+    column = torch.arange(images.pixels.shape[-1], device=width.device)
+    source = torch.where(column < width, width - 1 - column, column)
+    index = source[:, None, None].expand(-1, *images.pixels.shape[1:3], -1)
+    return replace(images, pixels=images.pixels.gather(3, index))
+
+
+def _mirror_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+    width = sizes[:, 1].to(boxes.dtype)[:, None]
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack([width - x2, y1, width - x1, y2], -1)
