@@ -419,3 +419,18 @@ def test_what_disturbed_a_measurement_is_told():
     after = before | {"mhz": 1000.0, "stolen_ms": 30.0, "contended_ms": 0.4}
     assert environment.disturbances(before, after) == "stolen_ms 20"
     assert environment.disturbances({}, {}) == ""
+
+
+def test_loader_beside_its_peers(run, coco_mini, tmp_path):
+    keys = ("DATA.PATH", coco_mini, "DATASETS.TRAIN", "('coco_2017_train',)", "INPUT.MIN_SIZE_TRAIN", "(64,)")
+    command = ("tools/benchmark.py", "data", "--against", "torchvision", "--against", "detectron2", "--batch", 4)
+    config = ("--config-file", "configs/e2e_mask_rcnn_R_50_FPN_1x.yaml", "--steps", 2, "--warmup", 1)
+    done = run(*command, *config, "--out", tmp_path / "a.json", *keys)
+    assert done.returncode == 0, done.stderr
+    (case,) = json.loads((tmp_path / "a.json").read_text())["cases"]
+    assert {name: len(value["samples"]) for name, value in case["metrics"].items()} == {
+        f"{side}_images_per_second": 2 for side in ("ours", "torchvision", "detectron2")
+    }
+    assert set(case["ratios"]) == {"torchvision", "detectron2"} and "times as fast" in done.stdout
+    done = run(*command, *config, *keys, "INPUT.HORIZONTAL_FLIP_PROB_TRAIN", "0.25")
+    assert done.returncode == 2 and "HORIZONTAL_FLIP_PROB_TRAIN 0.5" in done.stderr and "Traceback" not in done.stderr
