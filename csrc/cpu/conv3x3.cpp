@@ -26,8 +26,8 @@ using at::BFloat16;
 
 constexpr int64_t kPoints = 16; // of a transformed tile, 4x4
 constexpr int64_t kLanes = 16; // float32 values of a vector
-constexpr int64_t kColumns = 2 * kLanes; // of a product that are made at a time,
-constexpr int64_t kRows = 8; // by so many rows: 16 vectors of sums
+constexpr int64_t kColumns = 2 * kLanes; // of a product that are made at a time, by kRows rows: 16 vectors of sums
+constexpr int64_t kRows = 8;
 constexpr int64_t kBlock = 64; // tiles whose outputs a thread makes at a time: they stay in its second-level cache
 constexpr int64_t kChunk = 256; // tiles that the weights' gradient takes at a time
 
@@ -35,8 +35,8 @@ constexpr int64_t kChunk = 256; // tiles that the weights' gradient takes at a t
 template <typename T>
 constexpr int64_t kPacked = 4 / sizeof(T);
 
-// From the values of one point to those of the next: a cache line more than they are. Powers of two apart, the 16 values
-// that a transform writes fall into one set of the cache: the weights' gradient took up to 40% longer.
+// From the values of one point to those of the next: a cache line more than they are. Powers of two apart, the 16
+// values that a transform writes fall into one set of the cache: the weights' gradient took up to 40% longer.
 template <typename T>
 constexpr int64_t apart(int64_t values) {
   return values + 64 / sizeof(T);
@@ -45,7 +45,8 @@ constexpr int64_t apart(int64_t values) {
 struct Grid {
   int64_t batch, channels, height, width;
 
-  explicit Grid(const Tensor& map) : batch(map.size(0)), channels(map.size(1)), height(map.size(2)), width(map.size(3)) {}
+  explicit Grid(const Tensor& map)
+      : batch(map.size(0)), channels(map.size(1)), height(map.size(2)), width(map.size(3)) {}
 
   int64_t rows() const {
     return (height + 1) / 2;
@@ -62,9 +63,13 @@ struct Grid {
 template <typename T>
 std::unique_ptr<T[], decltype(&std::free)> scratch(int64_t size) {
   const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
-  return {static_cast<T*>(std::aligned_alloc(64, bytes)), &std::free};
+  T* values = static_cast<T*>(std::aligned_alloc(64, bytes));
+  TORCH_CHECK(values != nullptr, "conv3x3: no memory for ", bytes, " bytes");
+  return {values, &std::free};
 }
 
+// From here to pop_options no template of the standard library is made for the first time: the linker might give its
+// AVX-512 code to the other files, and to processors that cannot run it.
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 
@@ -110,7 +115,14 @@ inline Vector multiply_add(BFloat16, const float* word, Vector b, Vector sum) {
 // kRows x kColumns of a product: c[i][j] = sum over k of a[i][k] b[k][j], to c or added to it. Factors are words.
 template <typename T, bool add>
 inline void product(
-    const T* a_values, int64_t a_row, int64_t a_step, const T* b_values, int64_t b_step, int64_t depth, float* c, int64_t c_row) {
+    const T* a_values,
+    int64_t a_row,
+    int64_t a_step,
+    const T* b_values,
+    int64_t b_step,
+    int64_t depth,
+    float* c,
+    int64_t c_row) {
   const float* a = reinterpret_cast<const float*>(a_values);
   const float* b = reinterpret_cast<const float*>(b_values);
   Vector sums[kRows][2];
@@ -239,11 +251,19 @@ void write_outputs(const float* products, const Grid& grid, int64_t first, const
 // Tiles first..first + kBlock of all outputs. weights: words [outputs / kColumns, kPoints, inputs / packed, kColumns].
 template <typename T>
 void convolve_block(
-    const T* input, const Grid& in, const T* weights, const float* bias, T* output, const Grid& out, int64_t first, T* rows, float* products) {
-  const std::vector<T> zeros(in.channels, T(0));
-  std::array<T, kLanes> outside;
+    const T* input,
+    const Grid& in,
+    const T* weights,
+    const float* bias,
+    T* output,
+    const Grid& out,
+    int64_t first,
+    const T* zeros,
+    T* rows,
+    float* products) {
+  T outside[kLanes];
   const int64_t depth = in.channels / kPacked<T>;
-  input_rows(input, in, first, zeros.data(), rows);
+  input_rows(input, in, first, zeros, rows);
   for (int64_t column = 0; column < out.channels; column += kColumns) {
     const T* panel = weights + column / kColumns * kPoints * apart<T>(in.channels * kColumns);
     for (int64_t point = 0; point < kPoints; ++point, panel += apart<T>(in.channels * kColumns)) {
@@ -253,13 +273,14 @@ void convolve_block(
             products + point * apart<float>(kBlock * kColumns) + row * kColumns, kColumns);
       }
     }
-    write_outputs(products, out, first, bias + column, output + column, outside.data());
+    write_outputs(products, out, first, bias + column, output + column, outside);
   }
 }
 
 // G g G^T of weights [3, 3, inputs, outputs], as convolve_block wants them. flip: the taps in reverse.
 template <typename T>
-void transform_weights(const float* weights, int64_t inputs, int64_t outputs, bool flip, T* words, int64_t begin, int64_t end) {
+void transform_weights(
+    const float* weights, int64_t inputs, int64_t outputs, bool flip, T* words, int64_t begin, int64_t end) {
   const Vector half = _mm512_set1_ps(0.5f);
   for (int64_t input = begin; input < end; input += kPacked<T>) {
     for (int64_t output = 0; output < outputs; output += kLanes) {
@@ -283,7 +304,9 @@ void transform_weights(const float* weights, int64_t inputs, int64_t outputs, bo
       T* to = words + output / kColumns * kPoints * apart<T>(inputs * kColumns) + input * kColumns +
           output % kColumns * kPacked<T>;
       for (int64_t i = 0; i < kPoints; ++i) {
-        store_words(to + i * apart<T>(inputs * kColumns), transformed[0][i / 4][i % 4], transformed[kPacked<T> - 1][i / 4][i % 4]);
+        store_words(
+            to + i * apart<T>(inputs * kColumns), transformed[0][i / 4][i % 4],
+            transformed[kPacked<T> - 1][i / 4][i % 4]);
       }
     }
   }
@@ -320,7 +343,8 @@ void tile_words(const T* map, const Grid& grid, int64_t chunk, int64_t begin, in
       }
       T* to = words + channel / kColumns * kColumns * kChunk + place * kColumns + channel % kColumns * kPacked<T>;
       for (int64_t i = 0; i < kPoints; ++i) {
-        store_words(to + i * apart<T>(grid.channels * kChunk), tiles[0][i / 4][i % 4], tiles[kPacked<T> - 1][i / 4][i % 4]);
+        store_words(
+            to + i * apart<T>(grid.channels * kChunk), tiles[0][i / 4][i % 4], tiles[kPacked<T> - 1][i / 4][i % 4]);
       }
     }
   }
@@ -385,10 +409,11 @@ Tensor convolve(const Tensor& input, const Tensor& taps, bool flip, const std::o
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     const auto rows = scratch<T>(kPoints * apart<T>(kBlock * in.channels));
     const auto products = scratch<float>(kPoints * apart<float>(kBlock * kColumns));
+    const std::vector<T> zeros(in.channels, T(0));
     for (int64_t block = begin; block < end; ++block) {
       convolve_block<T>(
           input.const_data_ptr<T>(), in, words.get(), added.const_data_ptr<float>(), output.mutable_data_ptr<T>(), out,
-          block * kBlock, rows.get(), products.get());
+          block * kBlock, zeros.data(), rows.get(), products.get());
     }
   });
   return output;
@@ -428,8 +453,8 @@ Tensor weights_gradient(const Tensor& grad, const Tensor& input) {
 }
 
 // Whether this is faster than torch's convolution. Of few tiles it is not: at 70 tiles of 256 channels the weights'
-// transform takes as long as the rest (2.1 ms to 1.7 ms; at 280 tiles 5.2 ms to 6.5 ms). AMX multiplies bfloat16 so fast
-// that the transforms would take longer than a direct convolution.
+// transform takes as long as the rest (2.1 ms to 1.7 ms; at 280 tiles 5.2 ms to 6.5 ms). Where AMX multiplies bfloat16,
+// the transforms alone would take longer than a direct convolution.
 bool serves(const Tensor& input, int64_t outputs) {
   constexpr int64_t kLeastTiles = 192;
   const bool narrow = input.scalar_type() == at::kBFloat16 && !__builtin_cpu_supports("amx-bf16");
