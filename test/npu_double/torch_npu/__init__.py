@@ -9,6 +9,7 @@ import atexit
 import collections
 import json
 import os
+import time
 import types
 from pathlib import Path
 
@@ -37,6 +38,25 @@ npu.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
 npu.is_bf16_supported = lambda: True
 npu.manual_seed = npu.manual_seed_all = lambda seed: None  # its random numbers are the CPU's
 npu._is_in_bad_fork = lambda: False
+
+
+class Event:
+    """Nothing is queued here: what is recorded is done."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.moment = 0.0
+
+    def record(self) -> None:
+        self.moment = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1000 * (end.moment - self.moment)
+
+
+npu.Event = Event
 
 torch.utils.rename_privateuse1_backend("npu")
 torch._register_device_module("npu", npu)
