@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -12,6 +13,7 @@ from maskrcnn_benchmark.benchmark.sides import Side
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.errors import UserError
+from maskrcnn_benchmark.evaluation.results import Results
 
 SIZE, POSITIVES = (96, 128), 10
 # R-18 and few RoIs: the same parts in less time
@@ -132,10 +134,8 @@ def test_losses_are_compared_one_by_one():
 
 
 def test_detections_are_compared_by_box_and_class():
-    found = [
-        {"image_id": 0, "bbox": [0.0, 0.0, 10.0, 10.0], "category_id": 1},
-        {"image_id": 0, "bbox": [20.0, 20.0, 10.0, 10.0], "category_id": 2},
-    ]
+    boxes = np.array([[0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 10.0, 10.0]])  # x, y, width, height
+    found = Results(image_ids=np.zeros(2, int), category_ids=np.array([1, 2]), scores=np.ones(2), boxes=boxes)
     box = torch.tensor([[20.0, 20, 30, 30], [0.0, 0, 10, 10.2]])
     ours = side_with("ours", found=found)
     for labels, share in (([2, 1], 1.0), ([2, 3], 0.5)):

@@ -3,10 +3,16 @@
 import torch
 
 from maskrcnn_benchmark.device import Device
+from maskrcnn_benchmark.device.cpu import HostEvent
+
+
+class ExampleDevice(Device):
+    def event(self) -> HostEvent:
+        return HostEvent()
 
 
 def create(index: int | None) -> Device:
-    return Device(
+    return ExampleDevice(
         torch.device("cpu"),
         autocast_dtypes=(torch.bfloat16,),
         grad_scaler=False,
