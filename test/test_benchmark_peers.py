@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -140,10 +141,28 @@ def test_detections_are_compared_by_box_and_class():
     ours = side_with("ours", found=found)
     for labels, share in (([2, 1], 1.0), ([2, 3], 0.5)):
         peer = side_with("torchvision", found=[{"boxes": box, "labels": torch.tensor(labels), "scores": torch.ones(2)}])
-        got = peers.compare_detections(ours, peer)
+        got = peers.compare_detections(ours, peer, 0.97)
         assert got["share_in_common"] == [share] and got["agrees"] == (share == 1)
     peer.counts.mask_head = [1]
-    assert not peers.compare_detections(ours, peer)["agrees"]
+    assert not peers.compare_detections(ours, peer, 0.97)["agrees"]
+
+
+def test_less_precision_must_keep_the_detections_of_float32():
+    """torchvision's bfloat16 may lose half of them, ours may not."""
+    peer_found = [{"boxes": torch.tensor([[0.0, 0, 10, 10]]), "labels": torch.tensor([1]), "scores": torch.ones(1)}]
+    for label, agrees in ((1, True), (2, False)):
+        sides_ = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            kept = np.array([1 if dtype == torch.float32 else label])
+            boxes = np.array([[0.0, 0.0, 10.0, 10.0]])
+            found = Results(image_ids=np.zeros(1, int), category_ids=kept, scores=np.ones(1), boxes=boxes)
+            sides_[f"ours {dtype}"] = replace(side_with("ours", found=found), dtype=dtype)
+        sides_["torchvision float32"] = side_with("torchvision", found=peer_found)
+        for side in sides_.values():
+            side.counts.mask_head = [1]
+        verdicts = peers.agree(sides_, training=False)
+        assert verdicts["torchvision float32"]["agrees"]
+        assert verdicts["ours torch.bfloat16 beside torchvision float32"]["agrees"] == agrees
 
 
 def test_the_model_hands_on_the_fixed_proposals():

@@ -27,8 +27,10 @@ from .workload import Workload
 # How far a loss of the peer's may be from ours, relative; and the share of detections that both must have in common.
 LOSS_TOLERANCE = {torch.float32: 0.005, torch.bfloat16: 0.02, torch.float16: 0.02}
 # torchvision's bfloat16 boxes have 8 binary digits: at 800 x 1333 half of its detections are no longer those that it
-# makes in float32 (of ours .97 are).
+# makes in float32.
 SAME_DETECTIONS = {torch.float32: 0.97, torch.bfloat16: 0.4, torch.float16: 0.7}
+# Ours of less precision keeps those of its float32: .97 at that size.
+SAME_AS_FLOAT32 = 0.9
 CONFIG = "configs/e2e_mask_rcnn_R_50_FPN_1x_torchvision.yaml"
 
 
@@ -201,10 +203,19 @@ def inference_side(
 
 def agree(sides: Mapping[str, Side], training: bool) -> dict[str, dict[str, Any]]:
     """Each peer's results against ours in the same dtype, of the step that both have just made, their first: what is
-    compared must do the same."""
+    compared must do the same. In inference also ours of less precision against the peer's float32, where that runs."""
     ours = {side.dtype: side for side in sides.values() if side.name == "ours"}
-    judge = compare_losses if training else compare_detections
-    return {name: judge(ours[side.dtype], side) for name, side in sides.items() if side.name != "ours"}
+    theirs = {name: side for name, side in sides.items() if side.name != "ours"}
+    if training:
+        return {name: compare_losses(ours[side.dtype], side) for name, side in theirs.items()}
+    found = {
+        name: compare_detections(ours[side.dtype], side, SAME_DETECTIONS[side.dtype]) for name, side in theirs.items()
+    }
+    exact = next((name for name, side in theirs.items() if side.dtype == torch.float32), None)
+    for dtype, side in ours.items() if exact else ():
+        if dtype != torch.float32:
+            found[f"ours {dtype} beside {exact}"] = compare_detections(side, theirs[exact], SAME_AS_FLOAT32)
+    return found
 
 
 def compare_losses(ours: Side, peer: Side) -> dict[str, Any]:
@@ -219,8 +230,9 @@ def compare_losses(ours: Side, peer: Side) -> dict[str, Any]:
     return {"agrees": agrees, "tolerance": tolerance, **found}
 
 
-def compare_detections(ours: Side, peer: Side) -> dict[str, Any]:
-    """How many, and the share of the peer's with one of ours of the same class that overlaps it by more than .9."""
+def compare_detections(ours: Side, peer: Side, least: float) -> dict[str, Any]:
+    """How many, and the share of the peer's with one of ours of the same class that overlaps it by more than .9, which
+    is to be `least`."""
     counts = {side.name: side.counts.mask_head[-1] for side in (ours, peer)}
     shares = []
     found = ours.found.to_list()
@@ -231,6 +243,5 @@ def compare_detections(ours: Side, peer: Side) -> dict[str, Any]:
         label = torch.tensor([result["category_id"] for result in mine])
         same = (boxes.iou(theirs["boxes"].float().cpu(), box) > 0.9) & (theirs["labels"].cpu()[:, None] == label)
         shares.append(same.any(1).float().mean().item())
-    least = SAME_DETECTIONS[ours.dtype]
     agrees = len(set(counts.values())) == 1 and min(shares) >= least
     return {"agrees": agrees, "detections": counts, "least_share_in_common": least, "share_in_common": shares}
