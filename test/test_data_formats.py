@@ -605,6 +605,9 @@ def test_split_writes_a_coco_directory(coco_mini, tmp_path):
     assert linked.stat().st_nlink > 1
     with pytest.raises(DataError, match="not an empty directory"):
         write_split(source, tmp_path / "one", 0.3, 1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write to"):
+        write_split(source, tmp_path / "file" / "below", 0.3, 1)
 
 
 def test_show(shapes, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from ..errors import DataError
 from .content import Source, part_of
+from .directory import new_directory
 
 
 def split_images(content: dict[str, Any], share: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -50,19 +50,9 @@ def write_split(source: Source, output: str | Path, share: float, seed: int, lin
     """
     output = Path(output)
     parts = split_images(source.content, share, seed)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output} exists already and is not an empty directory: choose another or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
-    try:
+    with new_directory(output) as unfinished:
         for name, images in zip(("train2017", "val2017"), parts):
             _write_part(unfinished, name, source, images, link)
-        unfinished.chmod(0o755)  # mkdtemp's are for the owner alone
-        os.replace(unfinished, output)
-    except OSError as error:
-        raise DataError(f"{output} cannot be written: {error.filename2 or error.filename}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return len(parts[0]), len(parts[1])
 
 

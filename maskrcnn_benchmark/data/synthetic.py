@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from ..errors import DataError
+from .directory import new_directory
 
 # COCO category id -> shape; ids with gaps, as real data sets have them
 CATEGORIES = {1: "circle", 2: "square", 4: "triangle", 7: "star", 9: "cross"}
@@ -63,22 +61,9 @@ def generate(
         )
     if min(size) < MIN_SIDE or not 1 <= objects[0] <= objects[1]:
         raise DataError(f"size {tuple(size)} must be at least {MIN_SIDE} x {MIN_SIDE}, and objects {objects} 1 or more")
-    try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise DataError(f"{output} exists already and is not an empty directory: choose another or remove it")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
-    except OSError as error:
-        raise DataError(f"cannot write to {output}: {error.strerror}") from error
-    try:
+    with new_directory(output) as unfinished:
         for number, (split, count) in enumerate((("train2017", train_images), ("val2017", val_images))):
             _write_split(unfinished, split, count, size, (seed, number), objects)
-        unfinished.chmod(0o755)  # mkdtemp's are for the owner alone
-        os.replace(unfinished, output)
-    except OSError as error:
-        raise DataError(f"cannot write to {output}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_split(
