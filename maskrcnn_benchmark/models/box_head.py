@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import box_coder, boxes, matching, nms
 from ..structures import Detections, Proposals, Targets, flatten_valid
-from .layers import Norm, normal_layer
+from .layers import Linear, Norm, normal_layer, with_relu
 from .resnet import make_stage
 from .roi_pool import RoIPool
 from .sampling import sample
@@ -27,7 +27,7 @@ class MLPFeatureExtractor(nn.Module):
 
     @staticmethod
     def _linear(in_features: int, out_features: int, norm: Norm | None) -> nn.Module:
-        linear = nn.Linear(in_features, out_features, bias=norm is None)
+        linear = Linear(in_features, out_features, bias=norm is None)
         nn.init.kaiming_uniform_(linear.weight, a=1)
         if norm is not None:
             return nn.Sequential(linear, norm(out_features))
@@ -36,7 +36,7 @@ class MLPFeatureExtractor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous().flatten(1)  # fc6's weights count channel, y, x, in all three peers
-        return F.relu_(self.fc7(F.relu_(self.fc6(x))))
+        return with_relu(self.fc7, with_relu(self.fc6, x))
 
 
 class Conv5FeatureExtractor(nn.Module):

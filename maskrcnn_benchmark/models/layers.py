@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.convolution import conv2d
+from ..ops.convolution import conv2d, linear
 
 Norm = Callable[[int], nn.Module]
 
@@ -77,21 +78,34 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """`norm(conv(x))`. A frozen norm is folded into the convolution's weights: one pass over the output less, and one
-    activation less to keep for the backward pass, which reaches the weights through the product."""
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module, relu: bool = False) -> Tensor:
+    """`norm(conv(x))`, and a ReLU if wanted. A frozen norm is folded into the convolution's weights: one pass over the
+    output less, and one activation less to keep for the backward pass, which reaches the weights through the
+    product."""
     if not isinstance(norm, FrozenBatchNorm2d):
-        return norm(conv(x))
+        return F.relu_(norm(conv(x))) if relu else norm(conv(x))
     scale, shift = norm.scale_and_shift()
     weight = conv.weight * scale[:, None, None, None]
-    return conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups, relu)
 
 
 class Conv2d(nn.Conv2d):
     """nn.Conv2d by the fastest kernel at hand. Zero padding only."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, relu)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by the fastest kernel at hand, of [R, C]."""
+
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        return linear(x, self.weight, self.bias, relu)
+
+
+def with_relu(layer: nn.Module, x: Tensor) -> Tensor:
+    """`relu(layer(x))`, in one pass over the output where the layer can."""
+    return layer(x, relu=True) if isinstance(layer, Conv2d | Linear) else F.relu_(layer(x))
 
 
 def group_norm(groups: int, channels_per_group: int, eps: float) -> Norm:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import masks
+from ..ops.convolution import conv2d
 from ..structures import BitmapBatch, Detections, PolygonBatch, Targets, flatten_valid
 from .box_head import SampledRoIs, image_index_of, unflatten
-from .layers import Norm, conv, init_he
+from .layers import Norm, conv, init_he, with_relu
 from .roi_pool import RoIPool
 
 
@@ -27,7 +28,7 @@ class ConvFeatureExtractor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for name in self.blocks:
-            x = F.relu_(getattr(self, name)(x))
+            x = with_relu(getattr(self, name), x)
         return x
 
 
@@ -51,7 +52,7 @@ class MaskPredictor(nn.Module):
         """label [R] int64: the class of each RoI; where there are fewer maps than classes, the last serves the rest."""
         last, upsample = self.mask_fcn_logits, self.conv5_mask
         quarters = upsample.weight.permute(2, 3, 1, 0).flatten(0, 2)[..., None, None]
-        x = F.relu_(F.conv2d(x, quarters, upsample.bias.repeat(4)))
+        x = conv2d(x, quarters, upsample.bias.repeat(4), relu=True)
         label = label.clamp(max=last.out_channels - 1)
         weight, bias = (parameter.flatten(1)[label].to(x.dtype) for parameter in (last.weight, last.bias[:, None]))
         pixels = x.permute(0, 2, 3, 1).reshape(len(x), 4 * x.shape[2] * x.shape[3], last.in_channels)

@@ -22,7 +22,7 @@ class Stem(nn.Module):
             self.bn1.running_var.fill_(input_std**2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(F.relu_(conv_norm(x, self.conv1, self.bn1)), kernel_size=3, stride=2, padding=1)
+        return F.max_pool2d(conv_norm(x, self.conv1, self.bn1, relu=True), kernel_size=3, stride=2, padding=1)
 
 
 def damp_branch(last_norm: nn.Module) -> None:
@@ -52,7 +52,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else conv_norm(x, *self.downsample)
-        out = F.relu_(conv_norm(x, self.conv1, self.bn1))
+        out = conv_norm(x, self.conv1, self.bn1, relu=True)
         return F.relu_(conv_norm(out, self.conv2, self.bn2) + identity)
 
 
@@ -86,8 +86,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else conv_norm(x, *self.downsample)
-        out = F.relu_(conv_norm(x, self.conv1, self.bn1))
-        out = F.relu_(conv_norm(out, self.conv2, self.bn2))
+        out = conv_norm(x, self.conv1, self.bn1, relu=True)
+        out = conv_norm(out, self.conv2, self.bn2, relu=True)
         return F.relu_(conv_norm(out, self.conv3, self.bn3) + identity)
 
 
