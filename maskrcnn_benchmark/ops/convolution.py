@@ -54,8 +54,9 @@ def _autocast(input: Tensor) -> Tensor:
 
 def _takes_pointwise(input: Tensor) -> bool:
     device = input.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
-    return dtype == torch.bfloat16 and _has_kernel("pointwise", device)
+    if not _has_kernel("pointwise", device):
+        return False
+    return torch.bfloat16 == (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype)
 
 
 @torch.compiler.assume_constant_result
