@@ -92,12 +92,17 @@ class BitmapBatch(Batch):
 
 @dataclass
 class Targets(Batch):
-    """Ground truth of a batch: boxes [B, G, 4], labels [B, G], valid [B, G] bool, masks or None."""
+    """Ground truth of a batch: boxes [B, G, 4], labels [B, G], valid [B, G] bool, masks or None.
+
+    keypoints: [B, G, K, 3] float32 (x, y in pixels of the resized image, visibility: 0 not labelled, 1 hidden,
+    2 visible), zeros where there is none and on padding; None without MODEL.KEYPOINT_ON.
+    """
 
     boxes: Tensor
     labels: Tensor
     valid: Tensor
     masks: PolygonBatch | BitmapBatch | None = None
+    keypoints: Tensor | None = None
 
 
 @dataclass
