@@ -120,6 +120,8 @@ class Detections(Batch):
 
     boxes [B, D, 4], scores [B, D] in 0..1, labels [B, D], valid [B, D] bool, and masks [B, D, M, M] float
     probabilities inside each box, or None without a mask head.
+    keypoints: [B, D, K, 3] float32 (x, y, score) or None without a keypoint head. score, 0..1 and a little more: the
+    softmax probability of the heat map's cells at the highest point of the enlarged map (detectron2's definition).
     """
 
     boxes: Tensor
@@ -127,6 +129,7 @@ class Detections(Batch):
     labels: Tensor
     valid: Tensor
     masks: Tensor | None = None
+    keypoints: Tensor | None = None
 
 
 def flatten_valid(valid: Tensor, tensors: Sequence[Tensor], compact: bool) -> tuple[Tensor, Tensor, list[Tensor]]:

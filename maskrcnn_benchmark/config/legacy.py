@@ -21,7 +21,6 @@ NORMS = {"FixedBatchNorm": "FrozenBN", "BatchNorm": "BN", "SyncBatchNorm": "Sync
 WITHOUT_EFFECT = {
     "PATHS_CATALOG": "data sets are named in data/catalog.py and found under DATA.PATH",
     "AMP_VERBOSE": "mixed precision is torch.autocast, which has nothing to tell",
-    "TEST.DETECTIONS_PER_IMG": "the limit is MODEL.ROI_HEADS.DETECTIONS_PER_IMG",
 }
 
 

@@ -9,30 +9,70 @@ from yacs.config import CfgNode
 
 from ..device import Device
 from ..errors import ConfigError
-from .anchors import AnchorGenerator
+from .anchors import AnchorGenerator, octave_sizes
 from .box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, MLPFeatureExtractor
-from .fpn import FPN
+from .fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from .keypoint_head import KeypointFeatureExtractor, KeypointHead, KeypointPredictor
 from .layers import FrozenBatchNorm2d, Norm, SyncBatchNorm2d, group_norm
 from .mask_head import ConvFeatureExtractor, MaskHead, MaskPredictor
 from .rcnn import RCNN, Normalize
 from .resnet import ResNet
+from .retinanet import RetinaNet, RetinaNetHead
 from .roi_pool import RoIPool
 from .rpn import RPN, RPNHead
 
 
-def build_model(cfg: CfgNode, device: Device) -> RCNN:
+def build_model(cfg: CfgNode, device: Device) -> RCNN | RetinaNet:
     """The detector that `cfg` describes, with fresh weights, on the device."""
-    backbone, channels = build_backbone(cfg)
+    build = build_retinanet if cfg.MODEL.RETINANET_ON else build_rcnn
+    return build(cfg, device).to(device.torch_device)
+
+
+def build_rcnn(cfg: CfgNode, device: Device) -> RCNN:
+    model, (backbone, channels) = cfg.MODEL, build_backbone(cfg)
     box_head = build_box_head(cfg, channels, device.compacts)
-    model = RCNN(
-        normalize=Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255),
+    return RCNN(
+        normalize=build_normalize(cfg),
         backbone=backbone,
         rpn=build_rpn(cfg, channels),
         box_head=box_head,
-        mask_head=build_mask_head(cfg, channels, box_head, device.compacts) if cfg.MODEL.MASK_ON else None,
+        mask_head=build_mask_head(cfg, channels, box_head, device.compacts) if model.MASK_ON else None,
+        keypoint_head=build_keypoint_head(cfg, channels, device.compacts) if model.KEYPOINT_ON else None,
         channels_last=device.channels_last,
     )
-    return model.to(device.torch_device)
+
+
+def build_retinanet(cfg: CfgNode, device: Device) -> RetinaNet:
+    (backbone, channels), keys, rpn = build_backbone(cfg), cfg.MODEL.RETINANET, cfg.MODEL.RPN
+    sizes = octave_sizes(keys.ANCHOR_SIZES, keys.OCTAVE, keys.SCALES_PER_OCTAVE, keys.WHOLE_ANCHOR_SIZES)
+    anchors = AnchorGenerator(sizes, keys.ASPECT_RATIOS, keys.ANCHOR_STRIDES, rpn.ANCHOR_ROUNDING, rpn.ANCHOR_GRID)
+    classes = keys.NUM_CLASSES if keys.BACKGROUND_CHANNEL else keys.NUM_CLASSES - 1
+    return RetinaNet(
+        normalize=build_normalize(cfg),
+        backbone=backbone,
+        head=RetinaNetHead(channels, anchors.per_position, classes, keys.NUM_CONVS, keys.PRIOR_PROB),
+        anchors=anchors,
+        background_channel=keys.BACKGROUND_CHANNEL,
+        coder_weights=tuple(keys.BOX_CODER_WEIGHTS),
+        foreground_iou=keys.FG_IOU_THRESHOLD,
+        background_iou=keys.BG_IOU_THRESHOLD,
+        straddle=keys.STRADDLE_THRESH,
+        alpha=keys.LOSS_ALPHA,
+        gamma=keys.LOSS_GAMMA,
+        loss_normalizer=keys.LOSS_NORMALIZER,
+        box_loss_divisor=keys.BBOX_REG_WEIGHT,
+        smooth_l1_beta=keys.BBOX_REG_BETA,
+        pre_nms=keys.PRE_NMS_TOP_N,
+        score_threshold=keys.INFERENCE_TH,
+        nms_threshold=keys.NMS_TH,
+        clip_before_nms=keys.CLIP_BEFORE_NMS,
+        detections_per_image=cfg.TEST.DETECTIONS_PER_IMG,
+        channels_last=device.channels_last,
+    )
+
+
+def build_normalize(cfg: CfgNode) -> Normalize:
+    return Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255)
 
 
 def build_norm(cfg: CfgNode, name: str) -> Norm:
@@ -61,7 +101,8 @@ def resnet_depth(cfg: CfgNode) -> int:
 
 def build_backbone(cfg: CfgNode) -> tuple[nn.Sequential, int]:
     """The backbone and the channels of its maps: `body` alone (C4) or `body` and `fpn`."""
-    resnets, fpn = cfg.MODEL.RESNETS, cfg.MODEL.RPN.USE_FPN
+    resnets, retinanet = cfg.MODEL.RESNETS, cfg.MODEL.RETINANET_ON
+    fpn = cfg.MODEL.RPN.USE_FPN or retinanet
     backbone = nn.Sequential()
     backbone.body = ResNet(
         resnet_depth(cfg),
@@ -70,7 +111,7 @@ def build_backbone(cfg: CfgNode) -> tuple[nn.Sequential, int]:
         input_std=(57.4 if cfg.INPUT.TO_BGR255 else 0.225)
         / min(cfg.INPUT.PIXEL_STD),  # ImageNet's, as the model sees it
         stem_channels=resnets.STEM_OUT_CHANNELS,
-        out_stages=(0, 1, 2, 3) if fpn else (2,),
+        out_stages=(1, 2, 3) if retinanet else (0, 1, 2, 3) if fpn else (2,),
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT,
         res5_dilation=resnets.RES5_DILATION,
         **stage_options(cfg),
@@ -78,7 +119,9 @@ def build_backbone(cfg: CfgNode) -> tuple[nn.Sequential, int]:
     channels = resnets.BACKBONE_OUT_CHANNELS
     if fpn:
         norm = build_norm(cfg, "GN") if cfg.MODEL.FPN.USE_GN else None
-        backbone.fpn = FPN(backbone.body.out_channels, channels, norm, cfg.MODEL.FPN.USE_RELU)
+        widths = backbone.body.out_channels
+        top = LastLevelP6P7(widths[-1], channels, cfg.MODEL.RETINANET.USE_C5) if retinanet else LastLevelMaxPool()
+        backbone.fpn = FPN(widths, channels, norm, cfg.MODEL.FPN.USE_RELU, 2 if retinanet else 1, top)
     elif channels != backbone.body.out_channels[0]:
         raise ConfigError(
             f"MODEL.RESNETS.BACKBONE_OUT_CHANNELS is {channels}, but {cfg.MODEL.BACKBONE.CONV_BODY} gives out "
@@ -153,6 +196,19 @@ def build_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact: boo
         predictor=MaskPredictor(extractor.out_channels, mask.CONV_LAYERS[-1], cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES),
         share_features=mask.SHARE_BOX_FEATURE_EXTRACTOR,
         soft_bitmap_targets=mask.SOFT_BITMAP_TARGETS,
+        positives_per_image=int(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION),
+        compact=compact,
+    )
+
+
+def build_keypoint_head(cfg: CfgNode, channels: int, compact: bool) -> KeypointHead:
+    heads, keypoint = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_KEYPOINT_HEAD
+    extractor = KeypointFeatureExtractor(channels, tuple(keypoint.CONV_LAYERS))
+    return KeypointHead(
+        pool=build_pool(keypoint),
+        feature_extractor=extractor,
+        predictor=KeypointPredictor(extractor.out_channels, keypoint.NUM_CLASSES),
+        positives=keypoint.POSITIVES,
         positives_per_image=int(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION),
         compact=compact,
     )
