@@ -48,7 +48,7 @@ def build_dataset(names: Sequence[str], cfg: CfgNode, training: bool) -> AnyData
     """
     if not names:
         raise ConfigError("no data set is named: fill DATASETS.TRAIN and DATASETS.TEST with names of data/catalog.py")
-    return open_datasets(names, cfg.DATA.PATH, training, cfg.MODEL.MASK_ON, cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES)
+    return open_datasets(names, cfg.DATA.PATH, training, cfg.MODEL.MASK_ON, num_classes(cfg)[1])
 
 
 def open_datasets(
@@ -84,12 +84,18 @@ def read_source(name: str, root: str = "") -> Source:
     return replace(source, content=content)
 
 
+def num_classes(cfg: CfgNode) -> tuple[str, int]:
+    """The key that says how many classes the model predicts, the background included, and what it says."""
+    head = "RETINANET" if cfg.MODEL.RETINANET_ON else "ROI_BOX_HEAD"
+    return f"MODEL.{head}.NUM_CLASSES", cfg.MODEL[head].NUM_CLASSES
+
+
 def check_num_classes(cfg: CfgNode, dataset: AnyDataset) -> None:
     """Raises ConfigError when the model does not predict as many classes as the data set has."""
-    configured = cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
+    key, configured = num_classes(cfg)
     if configured != dataset.num_classes:
         raise ConfigError(
-            f"MODEL.ROI_BOX_HEAD.NUM_CLASSES is {configured}, but {dataset.annotation_file} has"
+            f"{key} is {configured}, but {dataset.annotation_file} has"
             f" {len(dataset.category_ids)} categories and the background: set it to {dataset.num_classes}"
         )
 
