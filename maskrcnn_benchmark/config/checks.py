@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from yacs.config import CfgNode
 
 from ..errors import ConfigError
+from .conv_body import parse
 
 CHOICES = {
     "DTYPE": ("float32", "float16", "bfloat16"),
@@ -15,7 +14,11 @@ CHOICES = {
     "MODEL.RPN.ANCHOR_ROUNDING": ("none", "corners"),
     "MODEL.RPN.ANCHOR_GRID": ("grid", "image"),
     "MODEL.RPN.LOSS_NORMALIZER": ("sampled", "batch"),
-    "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR": ("ResNet50Conv5ROIFeatureExtractor", "FPN2MLPFeatureExtractor"),
+    "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR": (
+        "ResNet50Conv5ROIFeatureExtractor",
+        "FPN2MLPFeatureExtractor",
+        "FPNXconv1fcFeatureExtractor",
+    ),
     "MODEL.ROI_BOX_HEAD.PREDICTOR": ("FastRCNNPredictor", "FPNPredictor"),
     "MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR": ("ResNet50Conv5ROIFeatureExtractor", "MaskRCNNFPNFeatureExtractor"),
     "MODEL.ROI_MASK_HEAD.PREDICTOR": ("MaskRCNNC4Predictor",),
@@ -50,6 +53,10 @@ POSITIVE = (
     "MODEL.RETINANET.PRE_NMS_TOP_N",
     "MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES",
     "TEST.DETECTIONS_PER_IMG",
+    "MODEL.RESNETS.DEFORMABLE_GROUPS",
+    "MODEL.ROI_BOX_HEAD.NUM_STACKED_CONVS",
+    "MODEL.ROI_BOX_HEAD.DILATION",
+    "MODEL.ROI_MASK_HEAD.DILATION",
 )
 
 NOT_NEGATIVE = (
@@ -93,6 +100,7 @@ LISTS = {
     "MODEL.RETINANET.ANCHOR_STRIDES": (int, 5, True),
     "MODEL.RETINANET.ASPECT_RATIOS": (NUMBER, 1, True),
     "MODEL.RETINANET.BOX_CODER_WEIGHTS": (NUMBER, 4, True),
+    "MODEL.RESNETS.STAGE_WITH_DCN": (bool, 4, False),
     "SOLVER.STEPS": (int, 0, False),
     "TEST.BBOX_AUG.SCALES": (int, 0, True),
     "TEST.METRICS": (str, 0, False),
@@ -101,8 +109,6 @@ LISTS = {
 }
 
 NOT_BUILT = ("MODEL.RPN_ONLY", "MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS")
-
-CONV_BODY = re.compile(r"R-(18|34|50|101|152)-(C4|FPN|FPN-RETINANET)")
 
 
 def get(cfg: CfgNode, key: str):
@@ -137,7 +143,7 @@ def check(cfg: CfgNode) -> None:
 def _check_list(key: str, values: list | tuple, kind: type | tuple[type, ...], length: int, positive: bool) -> None:
     _require(len(values) >= length, f"{key} is {values}; it needs at least {length} elements")
     for value in values:
-        right = isinstance(value, kind) and not isinstance(value, bool)
+        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         _require(right, f"{key} is {values}; its element {value!r} is a {type(value).__name__}")
         _require(not positive or value > 0, f"{key} is {values}; its elements must be above 0")
 
@@ -160,9 +166,7 @@ def _check_expected(cfg: CfgNode) -> None:
             f'TEST.EXPECTED_RESULTS: {entry!r} must be ["bbox", "segm" or "keypoints", metric, [mean, sigma]]',
         )
         switch = {"segm": "MODEL.MASK_ON", "keypoints": "MODEL.KEYPOINT_ON"}.get(task)
-        _require(
-            switch is None or get(cfg, switch), f"TEST.EXPECTED_RESULTS judges {task}, but {switch} is False"
-        )
+        _require(switch is None or get(cfg, switch), f"TEST.EXPECTED_RESULTS judges {task}, but {switch} is False")
     _require(
         not cfg.TEST.EXPECTED_RESULTS or len(cfg.DATASETS.TEST) > 0,
         "TEST.EXPECTED_RESULTS is set, but DATASETS.TEST is empty: nothing would be judged",
@@ -185,11 +189,8 @@ def _require(holds: bool, message: str) -> None:
 def _check_model(cfg: CfgNode) -> None:
     model, rpn = cfg.MODEL, cfg.MODEL.RPN
     body = model.BACKBONE.CONV_BODY
-    _require(
-        CONV_BODY.fullmatch(body) is not None,
-        f"MODEL.BACKBONE.CONV_BODY is {body!r}; known are R-18, R-34, R-50, R-101, R-152 followed by -C4, -FPN "
-        "or -FPN-RETINANET",
-    )
+    neck = parse(body).neck
+    fpn = neck.startswith("FPN")
     _require(0 <= model.BACKBONE.FREEZE_CONV_BODY_AT <= 5, "MODEL.BACKBONE.FREEZE_CONV_BODY_AT must be 0..5")
     _require(
         body.endswith("RETINANET") == model.RETINANET_ON,
@@ -199,7 +200,6 @@ def _check_model(cfg: CfgNode) -> None:
     if model.RETINANET_ON:
         _check_retinanet(cfg)
         return
-    fpn = body.endswith("FPN")
     for key in ("MODEL.RPN.USE_FPN", "MODEL.ROI_HEADS.USE_FPN"):
         _require(get(cfg, key) == fpn, f"{key} is {get(cfg, key)}, but MODEL.BACKBONE.CONV_BODY is {body}")
     levels = 5 if fpn else 1
@@ -212,7 +212,6 @@ def _check_model(cfg: CfgNode) -> None:
         f"MODEL.RPN.ANCHOR_SIZES has {len(rpn.ANCHOR_SIZES)} sizes; with FPN it needs one for each of {levels} levels",
     )
     scales = tuple(1 / stride for stride in (rpn.ANCHOR_STRIDE[:4] if fpn else rpn.ANCHOR_STRIDE))
-    extractors = {"ROI_BOX_HEAD": "FPN2MLPFeatureExtractor", "ROI_MASK_HEAD": "MaskRCNNFPNFeatureExtractor"}
     if model.KEYPOINT_ON:
         _check_keypoint_head(cfg, scales)
     for name in ("ROI_BOX_HEAD", "ROI_MASK_HEAD") if model.MASK_ON else ("ROI_BOX_HEAD",):
@@ -221,14 +220,15 @@ def _check_model(cfg: CfgNode) -> None:
             tuple(head.POOLER_SCALES) == scales,
             f"{key}.POOLER_SCALES is {tuple(head.POOLER_SCALES)}, but the strides of {body} make it {scales}",
         )
+        res5 = head.FEATURE_EXTRACTOR == "ResNet50Conv5ROIFeatureExtractor"
         _require(
-            (extractors[name] == head.FEATURE_EXTRACTOR) == fpn,
+            res5 == (neck == "C4"),
             f"{key}.FEATURE_EXTRACTOR is {head.FEATURE_EXTRACTOR}, which does not go with {body}",
         )
     if fpn:
         _check_divisibility(cfg)
     if model.MASK_ON:
-        _check_mask_head(cfg, fpn)
+        _check_mask_head(cfg, neck != "C4")
     _require(rpn.BG_IOU_THRESHOLD <= rpn.FG_IOU_THRESHOLD, "MODEL.RPN.BG_IOU_THRESHOLD is above FG_IOU_THRESHOLD")
     heads = model.ROI_HEADS
     _require(
@@ -248,9 +248,7 @@ def _check_retinanet(cfg: CfgNode) -> None:
     for key in ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON"):
         _require(not get(cfg, key), f"{key} and MODEL.RETINANET_ON are both True; RetinaNet detects boxes alone")
     for key in ("ANCHOR_SIZES", "ANCHOR_STRIDES"):
-        _require(
-            len(keys[key]) == 5, f"MODEL.RETINANET.{key} has {len(keys[key])} numbers; the levels P3 to P7 need 5"
-        )
+        _require(len(keys[key]) == 5, f"MODEL.RETINANET.{key} has {len(keys[key])} numbers; the levels P3 to P7 need 5")
     _require(keys.NUM_CLASSES >= 2, f"MODEL.RETINANET.NUM_CLASSES is {keys.NUM_CLASSES}; with the background it is 2")
     _require(
         keys.BG_IOU_THRESHOLD <= keys.FG_IOU_THRESHOLD, "MODEL.RETINANET.BG_IOU_THRESHOLD is above FG_IOU_THRESHOLD"
@@ -287,14 +285,15 @@ def _check_keypoint_head(cfg: CfgNode, scales: tuple[float, ...]) -> None:
     )
 
 
-def _check_mask_head(cfg: CfgNode, fpn: bool) -> None:
+def _check_mask_head(cfg: CfgNode, convolutions: bool) -> None:
+    """convolutions: the head has its own; with C4 it reads the box head's features."""
     head = cfg.MODEL.ROI_MASK_HEAD
     _require(
-        fpn != head.SHARE_BOX_FEATURE_EXTRACTOR,
+        convolutions != head.SHARE_BOX_FEATURE_EXTRACTOR,
         f"MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR is {head.SHARE_BOX_FEATURE_EXTRACTOR}; it must be "
-        f"{not fpn} with {cfg.MODEL.BACKBONE.CONV_BODY}",
+        f"{not convolutions} with {cfg.MODEL.BACKBONE.CONV_BODY}",
     )
-    resolution = head.POOLER_RESOLUTION * 2 if fpn else head.POOLER_RESOLUTION
+    resolution = head.POOLER_RESOLUTION * 2 if convolutions else head.POOLER_RESOLUTION
     _require(
         resolution == head.RESOLUTION,
         f"MODEL.ROI_MASK_HEAD.RESOLUTION is {head.RESOLUTION}, but POOLER_RESOLUTION {head.POOLER_RESOLUTION} makes "

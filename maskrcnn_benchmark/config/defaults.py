@@ -40,7 +40,7 @@ _C.MODEL.RETINANET_ON = False
 _C.MODEL.KEYPOINT_ON = False
 
 _C.MODEL.BACKBONE = CN()
-# R-{18,34,50,101,152}-{C4,FPN}
+# R-{18,34,50,101,152}[vd]-{C4,C5,FPN,FPN-RETINANET} or HRNet-W{18,30,32,40,48}-FPN; vd: PaddleX's ResNet_vd
 _C.MODEL.BACKBONE.CONV_BODY = "R-50-C4"
 # How many stages from the stem on are frozen: 0 none, 2 the stem and res2
 _C.MODEL.BACKBONE.FREEZE_CONV_BODY_AT = 2
@@ -56,6 +56,12 @@ _C.MODEL.RESNETS.STRIDE_IN_1X1 = True
 _C.MODEL.RESNETS.NORM = "FrozenBN"
 # (+) Added to the variance of a frozen batch norm; upstream's published weights were trained with 0
 _C.MODEL.RESNETS.FROZEN_BN_EPS = 1e-5
+# Which of res2 .. res5 have deformable 3x3 convolutions (Dai et al. 2017)
+_C.MODEL.RESNETS.STAGE_WITH_DCN = (False, False, False, False)
+# Deformable convolutions weigh their taps too (version 2, Zhu et al. 2019)
+_C.MODEL.RESNETS.WITH_MODULATED_DCN = False
+# Equal parts of the channels that have offsets of their own
+_C.MODEL.RESNETS.DEFORMABLE_GROUPS = 1
 # Dilation of the 3x3 convolutions of res5
 _C.MODEL.RESNETS.RES5_DILATION = 1
 # Channels of every FPN level, or of C4
@@ -176,7 +182,7 @@ _C.MODEL.ROI_HEADS.NMS = 0.5
 _C.MODEL.ROI_HEADS.DETECTIONS_PER_IMG = 100
 
 _C.MODEL.ROI_BOX_HEAD = CN()
-# ResNet50Conv5ROIFeatureExtractor (C4) or FPN2MLPFeatureExtractor
+# ResNet50Conv5ROIFeatureExtractor (C4), FPN2MLPFeatureExtractor or FPNXconv1fcFeatureExtractor
 _C.MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR = "ResNet50Conv5ROIFeatureExtractor"
 # FastRCNNPredictor (C4: average pool first) or FPNPredictor
 _C.MODEL.ROI_BOX_HEAD.PREDICTOR = "FastRCNNPredictor"
@@ -190,6 +196,11 @@ _C.MODEL.ROI_BOX_HEAD.POOLER_ALIGNED = True
 # Classes and the background
 _C.MODEL.ROI_BOX_HEAD.NUM_CLASSES = 81
 _C.MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM = 1024
+# FPNXconv1fcFeatureExtractor: channels and number of its 3x3 convolutions, and their dilation
+_C.MODEL.ROI_BOX_HEAD.CONV_HEAD_DIM = 256
+_C.MODEL.ROI_BOX_HEAD.NUM_STACKED_CONVS = 4
+_C.MODEL.ROI_BOX_HEAD.DILATION = 1
+# Group norm after the head's convolutions, or after its fully connected layers where it has no convolutions
 _C.MODEL.ROI_BOX_HEAD.USE_GN = False
 # (+) Smooth L1's bend in the box loss; 0 is L1
 _C.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1.0
@@ -205,6 +216,8 @@ _C.MODEL.ROI_MASK_HEAD.POOLER_SCALES = (1.0 / 16,)
 _C.MODEL.ROI_MASK_HEAD.POOLER_ALIGNED = True
 # Channels of the 3x3 convolutions; the last also of the transposed convolution
 _C.MODEL.ROI_MASK_HEAD.CONV_LAYERS = (256, 256, 256, 256)
+# Dilation of these convolutions
+_C.MODEL.ROI_MASK_HEAD.DILATION = 1
 # Side of the predicted mask: twice the extractor's output
 _C.MODEL.ROI_MASK_HEAD.RESOLUTION = 14
 # C4: the mask head reads the box head's features

@@ -7,16 +7,18 @@ from functools import partial
 from torch import nn
 from yacs.config import CfgNode
 
+from ..config.conv_body import parse
 from ..device import Device
 from ..errors import ConfigError
 from .anchors import AnchorGenerator, octave_sizes
-from .box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, MLPFeatureExtractor
-from .fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from .box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, ConvFCFeatureExtractor, MLPFeatureExtractor
+from .fpn import FPN, HRFPN, LastLevelMaxPool, LastLevelP6P7
+from .hrnet import HRNet
 from .keypoint_head import KeypointFeatureExtractor, KeypointHead, KeypointPredictor
-from .layers import FrozenBatchNorm2d, Norm, SyncBatchNorm2d, group_norm
+from .layers import DeformConv2d, FrozenBatchNorm2d, Norm, SyncBatchNorm2d, group_norm
 from .mask_head import ConvFeatureExtractor, MaskHead, MaskPredictor
 from .rcnn import RCNN, Normalize
-from .resnet import ResNet
+from .resnet import ResNet, conv3x3
 from .retinanet import RetinaNet, RetinaNetHead
 from .roi_pool import RoIPool
 from .rpn import RPN, RPNHead
@@ -92,36 +94,53 @@ def stage_options(cfg: CfgNode) -> dict:
         "groups": resnets.NUM_GROUPS,
         "width_per_group": resnets.WIDTH_PER_GROUP,
         "stride_in_1x1": resnets.STRIDE_IN_1X1,
+        "pooled_shortcut": parse(cfg.MODEL.BACKBONE.CONV_BODY).vd,
     }
 
 
-def resnet_depth(cfg: CfgNode) -> int:
-    return int(cfg.MODEL.BACKBONE.CONV_BODY.split("-")[1])
+def build_body(cfg: CfgNode) -> nn.Module:
+    """A module whose maps have strides 4, 8, 16, 32 (FPN), 8, 16, 32 (RetinaNet), 16 (C4) or 32 (C5), and
+    `out_channels`."""
+    resnets, form = cfg.MODEL.RESNETS, parse(cfg.MODEL.BACKBONE.CONV_BODY)
+    options = {
+        "in_channels": len(cfg.INPUT.PIXEL_MEAN),
+        # ImageNet's standard deviation, as the model sees it
+        "input_std": (57.4 if cfg.INPUT.TO_BGR255 else 0.225) / min(cfg.INPUT.PIXEL_STD),
+        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT,
+    }
+    if form.width:
+        return HRNet(form.width, build_norm(cfg, resnets.NORM), **options)
+    deformable = partial(DeformConv2d, offset_groups=resnets.DEFORMABLE_GROUPS, modulated=resnets.WITH_MODULATED_DCN)
+    return ResNet(
+        form.depth,
+        build_norm(cfg, resnets.NORM),
+        stem_channels=resnets.STEM_OUT_CHANNELS,
+        deep_stem=form.vd,
+        out_stages={"C4": (2,), "C5": (3,), "FPN": (0, 1, 2, 3), "FPN-RETINANET": (1, 2, 3)}[form.neck],
+        res5_dilation=resnets.RES5_DILATION,
+        convolutions=[deformable if chosen else conv3x3 for chosen in resnets.STAGE_WITH_DCN],
+        **options,
+        **stage_options(cfg),
+    )
+
+
+def build_neck(cfg: CfgNode, in_channels: list[int]) -> nn.Module:
+    """The pyramid on a body whose maps have `in_channels`."""
+    channels, form = cfg.MODEL.RESNETS.BACKBONE_OUT_CHANNELS, parse(cfg.MODEL.BACKBONE.CONV_BODY)
+    norm = build_norm(cfg, "GN") if cfg.MODEL.FPN.USE_GN else None
+    if form.width:
+        return HRFPN(in_channels, channels, norm, cfg.MODEL.FPN.USE_RELU)
+    retinanet = form.neck == "FPN-RETINANET"
+    top = LastLevelP6P7(in_channels[-1], channels, cfg.MODEL.RETINANET.USE_C5) if retinanet else LastLevelMaxPool()
+    return FPN(in_channels, channels, norm, cfg.MODEL.FPN.USE_RELU, first_level=2 if retinanet else 1, top_blocks=top)
 
 
 def build_backbone(cfg: CfgNode) -> tuple[nn.Sequential, int]:
-    """The backbone and the channels of its maps: `body` alone (C4) or `body` and `fpn`."""
-    resnets, retinanet = cfg.MODEL.RESNETS, cfg.MODEL.RETINANET_ON
-    fpn = cfg.MODEL.RPN.USE_FPN or retinanet
-    backbone = nn.Sequential()
-    backbone.body = ResNet(
-        resnet_depth(cfg),
-        build_norm(cfg, resnets.NORM),
-        in_channels=len(cfg.INPUT.PIXEL_MEAN),
-        input_std=(57.4 if cfg.INPUT.TO_BGR255 else 0.225)
-        / min(cfg.INPUT.PIXEL_STD),  # ImageNet's, as the model sees it
-        stem_channels=resnets.STEM_OUT_CHANNELS,
-        out_stages=(1, 2, 3) if retinanet else (0, 1, 2, 3) if fpn else (2,),
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT,
-        res5_dilation=resnets.RES5_DILATION,
-        **stage_options(cfg),
-    )
-    channels = resnets.BACKBONE_OUT_CHANNELS
-    if fpn:
-        norm = build_norm(cfg, "GN") if cfg.MODEL.FPN.USE_GN else None
-        widths = backbone.body.out_channels
-        top = LastLevelP6P7(widths[-1], channels, cfg.MODEL.RETINANET.USE_C5) if retinanet else LastLevelMaxPool()
-        backbone.fpn = FPN(widths, channels, norm, cfg.MODEL.FPN.USE_RELU, 2 if retinanet else 1, top)
+    """The backbone and the channels of its maps: `body` alone (C4, C5) or `body` and `fpn`."""
+    backbone, channels = nn.Sequential(), cfg.MODEL.RESNETS.BACKBONE_OUT_CHANNELS
+    backbone.body = build_body(cfg)
+    if parse(cfg.MODEL.BACKBONE.CONV_BODY).neck.startswith("FPN"):
+        backbone.fpn = build_neck(cfg, backbone.body.out_channels)
     elif channels != backbone.body.out_channels[0]:
         raise ConfigError(
             f"MODEL.RESNETS.BACKBONE_OUT_CHANNELS is {channels}, but {cfg.MODEL.BACKBONE.CONV_BODY} gives out "
@@ -157,15 +176,25 @@ def build_pool(head: CfgNode) -> RoIPool:
     return RoIPool(head.POOLER_SCALES, head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO, head.POOLER_ALIGNED)
 
 
+def build_box_extractor(cfg: CfgNode, channels: int) -> nn.Module:
+    box, resnets = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.RESNETS
+    if box.FEATURE_EXTRACTOR == "ResNet50Conv5ROIFeatureExtractor":
+        depth, options = parse(cfg.MODEL.BACKBONE.CONV_BODY).depth, stage_options(cfg)
+        return Conv5FeatureExtractor(
+            depth, channels, build_norm(cfg, resnets.NORM), dilation=resnets.RES5_DILATION, **options
+        )
+    norm = build_norm(cfg, "GN") if box.USE_GN else None
+    if box.FEATURE_EXTRACTOR == "FPNXconv1fcFeatureExtractor":
+        convolutions = (box.CONV_HEAD_DIM,) * box.NUM_STACKED_CONVS
+        return ConvFCFeatureExtractor(
+            channels, box.POOLER_RESOLUTION, convolutions, box.MLP_HEAD_DIM, norm, box.DILATION
+        )
+    return MLPFeatureExtractor(channels, box.POOLER_RESOLUTION, box.MLP_HEAD_DIM, norm)
+
+
 def build_box_head(cfg: CfgNode, channels: int, compact: bool) -> BoxHead:
     heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-    if heads.USE_FPN:
-        norm = build_norm(cfg, "GN") if box.USE_GN else None
-        extractor = MLPFeatureExtractor(channels, box.POOLER_RESOLUTION, box.MLP_HEAD_DIM, norm)
-    else:
-        resnets = cfg.MODEL.RESNETS
-        options = stage_options(cfg) | {"dilation": resnets.RES5_DILATION}
-        extractor = Conv5FeatureExtractor(resnet_depth(cfg), channels, build_norm(cfg, resnets.NORM), **options)
+    extractor = build_box_extractor(cfg, channels)
     return BoxHead(
         pool=build_pool(box),
         feature_extractor=extractor,
@@ -189,7 +218,7 @@ def build_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact: boo
         extractor = box_head.feature_extractor
     else:
         norm = build_norm(cfg, "GN") if mask.USE_GN else None
-        extractor = ConvFeatureExtractor(channels, tuple(mask.CONV_LAYERS), norm)
+        extractor = ConvFeatureExtractor(channels, tuple(mask.CONV_LAYERS), norm, mask.DILATION)
     return MaskHead(
         pool=build_pool(mask),
         feature_extractor=extractor,

@@ -1,7 +1,8 @@
-"""Feature pyramid network (Lin et al. 2017, section 3), named as in maskrcnn-benchmark."""
+"""Feature pyramids (Lin et al. 2017, section 3; for HRNet: Wang et al. 2020), named as in maskrcnn-benchmark."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ class LastLevelMaxPool(nn.Module):
 
 
 class LastLevelP6P7(nn.Module):
-    """P6 and P7 for RetinaNet, by 3x3 convolutions of stride 2; P6 is made of C5 where `use_c5`, else of P5."""
+    """P6 and P7 for RetinaNet, strides 64 and 128, by 3x3 convolutions of stride 2 (Lin et al. 2017, focal loss,
+    section 4). P6 is made of C5 where `use_c5`, which has `in_channels`, else of P5."""
 
     def __init__(self, in_channels: int, out_channels: int, use_c5: bool = True) -> None:
         super().__init__()
@@ -33,9 +35,10 @@ class LastLevelP6P7(nn.Module):
 
 
 class FPN(nn.Module):
-    """The body's maps -> as many of `out_channels`, and those of `top_blocks`.
+    """The body's maps, each of half the side of the one before -> as many of `out_channels`, and those of `top_blocks`.
 
-    first_level: the number in the first map's parameter names: 1 for C2, 2 for C3 (RetinaNet has no P2).
+    first_level: the number in the first map's parameter names: 1 for C2; 2 for C3 (RetinaNet has no P2).
+    top_blocks: (C5, P5) -> further maps.
     """
 
     def __init__(
@@ -48,17 +51,41 @@ class FPN(nn.Module):
         top_blocks: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.first, self.last = first_level, first_level + len(in_channels) - 1
+        self.inner, self.layer = [], []
         for level, channels in enumerate(in_channels, start=first_level):
-            self.add_module(f"fpn_inner{level}", conv(channels, out_channels, 1, norm, relu))
-            self.add_module(f"fpn_layer{level}", conv(out_channels, out_channels, 3, norm, relu))
+            self.inner.append(f"fpn_inner{level}")
+            self.layer.append(f"fpn_layer{level}")
+            self.add_module(self.inner[-1], conv(channels, out_channels, 1, norm, relu))
+            self.add_module(self.layer[-1], conv(out_channels, out_channels, 3, norm, relu))
         self.top_blocks = top_blocks or LastLevelMaxPool()
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        top = getattr(self, f"fpn_inner{self.last}")(features[-1])
-        outputs = [getattr(self, f"fpn_layer{self.last}")(top)]
-        for level in range(self.last - 1, self.first - 1, -1):
-            lateral = getattr(self, f"fpn_inner{level}")(features[level - self.first])
-            top = lateral + F.interpolate(top, size=lateral.shape[-2:], mode="nearest")
-            outputs.insert(0, getattr(self, f"fpn_layer{level}")(top))
+        top, outputs = None, []
+        for feature, inner, layer in zip(reversed(features), reversed(self.inner), reversed(self.layer)):
+            lateral = getattr(self, inner)(feature)
+            if top is not None:
+                lateral = lateral + F.interpolate(top, size=lateral.shape[-2:], mode="nearest")
+            top = lateral
+            outputs.insert(0, getattr(self, layer)(top))
         return outputs + self.top_blocks(features[-1], outputs[-1])
+
+
+class HRFPN(nn.Module):
+    """HRNet's pyramid (Wang et al. 2020, section 4.3, HRNetV2p): all maps at the finest resolution, bilinearly, side by
+    side; a 1x1 convolution (`reduction`); mean pooling to strides 4 .. 64, and a 3x3 convolution for each level."""
+
+    def __init__(
+        self, in_channels: list[int], out_channels: int, norm: Norm | None = None, relu: bool = False, levels: int = 5
+    ) -> None:
+        super().__init__()
+        self.reduction = conv(sum(in_channels), out_channels, 1, norm, relu)
+        self.layer = [f"fpn_layer{level}" for level in range(1, levels + 1)]
+        for name in self.layer:
+            self.add_module(name, conv(out_channels, out_channels, 3, norm, relu))
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        size = features[0].shape[-2:]
+        coarse = [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in features[1:]]
+        finest = self.reduction(torch.cat([features[0], *coarse], dim=1))
+        maps = [finest if i == 0 else F.avg_pool2d(finest, 2**i) for i in range(len(self.layer))]
+        return [getattr(self, name)(x) for name, x in zip(self.layer, maps)]

@@ -16,11 +16,15 @@ from .roi_pool import RoIPool
 class ConvFeatureExtractor(nn.Module):
     """3x3 convolutions over the pooled map, `mask_fcn1` and on."""
 
-    def __init__(self, in_channels: int, channels: tuple[int, ...], norm: Norm | None = None) -> None:
+    def __init__(
+        self, in_channels: int, channels: tuple[int, ...], norm: Norm | None = None, dilation: int = 1
+    ) -> None:
         super().__init__()
         self.blocks = []
         for number, out_channels in enumerate(channels, start=1):
-            self.add_module(f"mask_fcn{number}", conv(in_channels, out_channels, 3, norm, init=init_he))
+            self.add_module(
+                f"mask_fcn{number}", conv(in_channels, out_channels, 3, norm, init=init_he, dilation=dilation)
+            )
             self.blocks.append(f"mask_fcn{number}")
             in_channels = out_channels
         self.out_channels = in_channels

@@ -24,7 +24,9 @@ State = dict[str, Tensor]
 Rules = list[tuple[str, str | Callable[[re.Match], str]]]
 
 # Buffers that peers save and that follow from the configuration here.
-DERIVED = re.compile(r"(^|\.)(num_batches_tracked|positives_average|pixel_mean|pixel_std|anchor_generator\.cell_anchors\.\d+)$")
+DERIVED = re.compile(
+    r"(^|\.)(num_batches_tracked|positives_average|pixel_mean|pixel_std|anchor_generator\.cell_anchors\.\d+)$"
+)
 CLASSIFIER = re.compile(r"^(fc|stem\.fc|fc1000|pred)(\.|_)")  # the ImageNet classifier of a backbone's file
 
 TORCHVISION: Rules = [
@@ -37,7 +39,10 @@ TORCHVISION: Rules = [
     (r"^roi_heads\.mask_head\.(\d)\.0\.", lambda m: f"roi_heads.mask.feature_extractor.mask_fcn{int(m[1]) + 1}."),
     (r"^roi_heads\.mask_head\.", "roi_heads.mask.feature_extractor."),  # before torchvision 0.14
     (r"^roi_heads\.mask_predictor\.", "roi_heads.mask.predictor."),
-    (r"^roi_heads\.keypoint_head\.(\d+)\.", lambda m: f"roi_heads.keypoint.feature_extractor.conv_fcn{int(m[1]) // 2 + 1}."),
+    (
+        r"^roi_heads\.keypoint_head\.(\d+)\.",
+        lambda m: f"roi_heads.keypoint.feature_extractor.conv_fcn{int(m[1]) // 2 + 1}.",
+    ),
     (r"^roi_heads\.keypoint_predictor\.", "roi_heads.keypoint.predictor."),
     (r"^backbone\.fpn\.extra_blocks\.", "backbone.fpn.top_blocks."),
     (r"^head\.classification_head\.cls_logits\.", "rpn.head.cls_logits."),
