@@ -1,5 +1,5 @@
 """RetinaNet and Keypoint R-CNN against torchvision's own, with the same random weights: features, heads, detections and
-losses. Where torchvision is not installed these are skipped; test_fixtures.py has numbers that peers computed before."""
+losses. Where torchvision is not installed these are skipped; test_fixtures.py has numbers computed before."""
 
 from __future__ import annotations
 
