@@ -32,8 +32,9 @@ _C.MODEL.ALLOW_PICKLE = False
 _C.MODEL.MASK_ON = False
 # One box regression for all classes instead of one a class
 _C.MODEL.CLS_AGNOSTIC_BBOX_REG = False
-# Upstream's switches of other detectors; True is refused until they are built
+# A region proposal network alone, judged by the average recall of its boxes; RetinaNet's yamls set it too
 _C.MODEL.RPN_ONLY = False
+# Upstream's switches of other detectors; True is refused until they are built
 _C.MODEL.RETINANET_ON = False
 _C.MODEL.KEYPOINT_ON = False
 
@@ -197,7 +198,8 @@ _C.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
 _C.INPUT.MAX_SIZE_TRAIN = 1333
 _C.INPUT.MIN_SIZE_TEST = 800
 _C.INPUT.MAX_SIZE_TEST = 1333
-# Mean and standard deviation, in the channel order and range that TO_BGR255 says
+# Mean and standard deviation, in the channel order and range that TO_BGR255 says. As many as the model reads channels:
+# 3, or others through the Python interface (docs/models.md)
 _C.INPUT.PIXEL_MEAN = [102.9801, 115.9465, 122.7717]
 _C.INPUT.PIXEL_STD = [1.0, 1.0, 1.0]
 # The network reads BGR 0..255 (Caffe2's weights) or RGB 0..1 (torchvision's)

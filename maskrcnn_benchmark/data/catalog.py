@@ -46,6 +46,11 @@ def build_dataset(names: Sequence[str], cfg: CfgNode, training: bool) -> AnyData
 
     Raises ConfigError (unknown name), DataError (files).
     """
+    if len(cfg.INPUT.PIXEL_MEAN) != 3:
+        raise ConfigError(
+            f"INPUT.PIXEL_MEAN has {len(cfg.INPUT.PIXEL_MEAN)} numbers, so the model reads as many channels; data sets"
+            " give RGB images, so others reach it through its Python interface alone (docs/models.md)"
+        )
     if not names:
         raise ConfigError("no data set is named: fill DATASETS.TRAIN and DATASETS.TEST with names of data/catalog.py")
     return open_datasets(names, cfg.DATA.PATH, training, cfg.MODEL.MASK_ON, cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES)
@@ -86,6 +91,8 @@ def read_source(name: str, root: str = "") -> Source:
 
 def check_num_classes(cfg: CfgNode, dataset: AnyDataset) -> None:
     """Raises ConfigError when the model does not predict as many classes as the data set has."""
+    if cfg.MODEL.RPN_ONLY and not cfg.MODEL.RETINANET_ON:
+        return  # proposals have no class
     configured = cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
     if configured != dataset.num_classes:
         raise ConfigError(

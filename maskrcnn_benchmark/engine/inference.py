@@ -84,7 +84,7 @@ def run_model(
     """What is left to score after the model has seen every image, on the main rank; None on the others. Results will be
     kept as OUTPUT/inference/NAME.json, their curves, class tables and confusion as NAME_details.{json,html}; a few
     images with truth and predictions are written as OUTPUT/predictions/*.png."""
-    tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+    tasks = tasks_of(cfg)
     requests = []
     for name, dataset in datasets.items():
         results = infer(cfg, device, model, dataset)
@@ -96,6 +96,13 @@ def run_model(
         judged_by = (tasks, tuple(cfg.TEST.METRICS), cfg.TEST.EVALUATOR)
         requests.append(scoring.Request(name, dataset.ground_truth(), dataset.image_ids, results, *judged_by, path))
     return requests or None
+
+
+def tasks_of(cfg: CfgNode) -> tuple[str, ...]:
+    """What is judged of the model's results."""
+    if cfg.MODEL.RPN_ONLY and not cfg.MODEL.RETINANET_ON:
+        return ("box_proposal",)
+    return ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
 
 
 def combine(names: Iterable[str], scores: list[dict[str, Any]]) -> dict[str, Any]:

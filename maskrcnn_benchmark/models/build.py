@@ -25,7 +25,7 @@ from .rpn import RPN, RPNHead
 def build_model(cfg: CfgNode, device: Device) -> RCNN:
     """The detector that `cfg` describes, with fresh weights, on the device."""
     backbone, channels = build_backbone(cfg)
-    box_head = build_box_head(cfg, channels, device.compacts)
+    box_head = None if cfg.MODEL.RPN_ONLY else build_box_head(cfg, channels, device.compacts)
     model = RCNN(
         normalize=Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255),
         backbone=backbone,
