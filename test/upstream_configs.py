@@ -1,5 +1,5 @@
-"""What the yamls of maskrcnn-benchmark (commit 57eec25) say, as a table of facts: for each file the blocks of keys it is
-made of, in upstream's spelling. FBNet's are apart."""
+"""What the yamls of maskrcnn-benchmark (commit 57eec25) say, as a table of facts: for each file the blocks of keys that
+it is made of, in upstream's spelling. FBNet's are apart."""
 
 from __future__ import annotations
 

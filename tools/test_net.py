@@ -16,7 +16,8 @@ from maskrcnn_benchmark import command
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import Device, get_device
 from maskrcnn_benchmark.engine import checkpoint, distributed
-from maskrcnn_benchmark.engine.inference import evaluate_model, tasks_of, test_datasets
+from maskrcnn_benchmark.engine.datasets import test_datasets
+from maskrcnn_benchmark.engine.inference import evaluate_model, tasks_of
 from maskrcnn_benchmark.engine.train import prepare_output, write_result
 from maskrcnn_benchmark.errors import ConfigError
 from maskrcnn_benchmark.evaluation.coco import format_table, load_results

@@ -23,7 +23,6 @@ WITHOUT_EFFECT = {
     "PATHS_CATALOG": "data sets are named in data/catalog.py and found under DATA.PATH",
     "MODEL.ROI_MASK_HEAD.MLP_HEAD_DIM": "the mask head is convolutional",
     "AMP_VERBOSE": "mixed precision is torch.autocast, which has nothing to tell",
-    "TEST.DETECTIONS_PER_IMG": "the limit is MODEL.ROI_HEADS.DETECTIONS_PER_IMG",
 }
 
 

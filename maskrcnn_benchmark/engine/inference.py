@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from ..data.catalog import build_dataset, check_num_classes
 from ..data.coco import CocoDataset
 from ..data.loader import test_loader
 from ..device import Device
@@ -57,14 +56,6 @@ def infer(cfg: CfgNode, device: Device, model: nn.Module, dataset: CocoDataset) 
     if every != sorted(dataset.image_ids):
         raise DataError(f"{dataset.annotation_file}: {len(every)} images evaluated, but it has {len(dataset)}")
     return concatenate([part for parts, _ in shards for part in parts])
-
-
-def test_datasets(cfg: CfgNode) -> dict[str, CocoDataset]:
-    """The data sets of DATASETS.TEST by name, checked against the model's number of classes."""
-    datasets = {name: build_dataset((name,), cfg, training=False) for name in cfg.DATASETS.TEST}
-    for dataset in datasets.values():
-        check_num_classes(cfg, dataset)
-    return datasets
 
 
 def evaluate_model(

@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 from .. import ops
 from ..benchmark import environment
 from ..config import dump, parse_config, sha256
-from ..data.catalog import build_dataset, check_num_classes, check_same_categories
+from ..data.catalog import check_same_categories
 from ..data.coco import CocoDataset
 from ..data.loader import train_loader
 from ..device import Device
@@ -33,7 +33,8 @@ from ..report import mllog
 from ..report.console import TrainingMeter
 from ..structures import ImageBatch, Targets
 from . import checkpoint, distributed, scoring
-from .inference import combine, evaluate_model, run_model, test_datasets
+from .datasets import open_dataset, test_datasets
+from .inference import combine, evaluate_model, run_model
 from .metrics import LossWindow, MetricsWriter
 from .optim import Schedule, make_optimizer, make_schedule, set_learning_rate
 
@@ -302,8 +303,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
     if cfg.DETERMINISTIC:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(cfg.SEED)
-    dataset = build_dataset(cfg.DATASETS.TRAIN, cfg, training=True)
-    check_num_classes(cfg, dataset)
+    dataset = open_dataset(cfg.DATASETS.TRAIN, cfg, training=True)
     test = test_datasets(cfg)
     for test_set in test.values():
         check_same_categories(dataset, test_set)

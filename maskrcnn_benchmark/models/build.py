@@ -10,31 +10,71 @@ from yacs.config import CfgNode
 from ..config.conv_body import parse
 from ..device import Device
 from ..errors import ConfigError
-from .anchors import AnchorGenerator
+from .anchors import AnchorGenerator, octave_sizes
 from .box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, ConvFCFeatureExtractor, MLPFeatureExtractor
 from .fpn import FPN, HRFPN, LastLevelMaxPool, LastLevelP6P7
 from .hrnet import HRNet
+from .keypoint_head import KeypointFeatureExtractor, KeypointHead, KeypointPredictor
 from .layers import DeformConv2d, FrozenBatchNorm2d, Norm, SyncBatchNorm2d, group_norm
 from .mask_head import ConvFeatureExtractor, MaskHead, MaskPredictor
 from .rcnn import RCNN, Normalize
 from .resnet import ResNet, conv3x3
+from .retinanet import RetinaNet, RetinaNetHead
 from .roi_pool import RoIPool
 from .rpn import RPN, RPNHead
 
 
-def build_model(cfg: CfgNode, device: Device) -> RCNN:
+def build_model(cfg: CfgNode, device: Device) -> RCNN | RetinaNet:
     """The detector that `cfg` describes, with fresh weights, on the device."""
-    backbone, channels = build_backbone(cfg)
-    box_head = None if cfg.MODEL.RPN_ONLY else build_box_head(cfg, channels, device.compacts)
-    model = RCNN(
-        normalize=Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255),
+    build = build_retinanet if cfg.MODEL.RETINANET_ON else build_rcnn
+    return build(cfg, device).to(device.torch_device)
+
+
+def build_rcnn(cfg: CfgNode, device: Device) -> RCNN:
+    model, (backbone, channels) = cfg.MODEL, build_backbone(cfg)
+    box_head = None if model.RPN_ONLY else build_box_head(cfg, channels, device.compacts)
+    return RCNN(
+        normalize=build_normalize(cfg),
         backbone=backbone,
         rpn=build_rpn(cfg, channels),
         box_head=box_head,
-        mask_head=build_mask_head(cfg, channels, box_head, device.compacts) if cfg.MODEL.MASK_ON else None,
+        mask_head=build_mask_head(cfg, channels, box_head, device.compacts) if model.MASK_ON else None,
+        keypoint_head=build_keypoint_head(cfg, channels, device.compacts) if model.KEYPOINT_ON else None,
         channels_last=device.channels_last,
     )
-    return model.to(device.torch_device)
+
+
+def build_retinanet(cfg: CfgNode, device: Device) -> RetinaNet:
+    (backbone, channels), keys, rpn = build_backbone(cfg), cfg.MODEL.RETINANET, cfg.MODEL.RPN
+    sizes = octave_sizes(keys.ANCHOR_SIZES, keys.OCTAVE, keys.SCALES_PER_OCTAVE, keys.WHOLE_ANCHOR_SIZES)
+    anchors = AnchorGenerator(sizes, keys.ASPECT_RATIOS, keys.ANCHOR_STRIDES, rpn.ANCHOR_ROUNDING, rpn.ANCHOR_GRID)
+    classes = keys.NUM_CLASSES if keys.BACKGROUND_CHANNEL else keys.NUM_CLASSES - 1
+    return RetinaNet(
+        normalize=build_normalize(cfg),
+        backbone=backbone,
+        head=RetinaNetHead(channels, anchors.per_position, classes, keys.NUM_CONVS, keys.PRIOR_PROB),
+        anchors=anchors,
+        background_channel=keys.BACKGROUND_CHANNEL,
+        coder_weights=tuple(keys.BOX_CODER_WEIGHTS),
+        foreground_iou=keys.FG_IOU_THRESHOLD,
+        background_iou=keys.BG_IOU_THRESHOLD,
+        straddle=keys.STRADDLE_THRESH,
+        alpha=keys.LOSS_ALPHA,
+        gamma=keys.LOSS_GAMMA,
+        loss_normalizer=keys.LOSS_NORMALIZER,
+        box_loss_divisor=keys.BBOX_REG_WEIGHT,
+        smooth_l1_beta=keys.BBOX_REG_BETA,
+        pre_nms=keys.PRE_NMS_TOP_N,
+        score_threshold=keys.INFERENCE_TH,
+        nms_threshold=keys.NMS_TH,
+        clip_before_nms=keys.CLIP_BEFORE_NMS,
+        detections_per_image=cfg.TEST.DETECTIONS_PER_IMG,
+        channels_last=device.channels_last,
+    )
+
+
+def build_normalize(cfg: CfgNode) -> Normalize:
+    return Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255)
 
 
 def build_norm(cfg: CfgNode, name: str) -> Norm:
@@ -185,6 +225,19 @@ def build_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact: boo
         predictor=MaskPredictor(extractor.out_channels, mask.CONV_LAYERS[-1], cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES),
         share_features=mask.SHARE_BOX_FEATURE_EXTRACTOR,
         soft_bitmap_targets=mask.SOFT_BITMAP_TARGETS,
+        positives_per_image=int(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION),
+        compact=compact,
+    )
+
+
+def build_keypoint_head(cfg: CfgNode, channels: int, compact: bool) -> KeypointHead:
+    heads, keypoint = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_KEYPOINT_HEAD
+    extractor = KeypointFeatureExtractor(channels, tuple(keypoint.CONV_LAYERS))
+    return KeypointHead(
+        pool=build_pool(keypoint),
+        feature_extractor=extractor,
+        predictor=KeypointPredictor(extractor.out_channels, keypoint.NUM_CLASSES),
+        positives=keypoint.POSITIVES,
         positives_per_image=int(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION),
         compact=compact,
     )

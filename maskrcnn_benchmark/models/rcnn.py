@@ -1,4 +1,5 @@
-"""The detector: Faster R-CNN, Mask R-CNN with a mask head, and without a box head the region proposals alone."""
+"""The detector: Faster R-CNN; Mask R-CNN with a mask head, Keypoint R-CNN with a keypoint head, and without a box head
+the region proposals alone."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from ..structures import Detections, ImageBatch, Targets
 from .box_head import BoxHead
+from .keypoint_head import KeypointHead
 from .mask_head import MaskHead
 from .rpn import RPN
 
@@ -40,8 +42,26 @@ def swap_red_and_blue(x: Tensor) -> Tensor:
     return torch.cat((x[:, :3].flip(1), x[:, 3:]), 1) if x.shape[1] > 3 else x.flip(1)
 
 
-class RCNN(nn.Module):
-    """normalize -> backbone -> rpn -> box head -> mask head.
+class Detector(nn.Module):
+    """What detectors have in common: normalize -> backbone, in the memory format that the device prefers."""
+
+    def __init__(self, normalize: Normalize, backbone: nn.Module) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.backbone = backbone
+
+    def set_memory_format(self, channels_last: bool) -> None:
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
+
+    def features(self, images: ImageBatch) -> tuple[list[Tensor], torch.Size]:
+        """The backbone's maps, and the padded (height, width) they were made of."""
+        x = self.normalize(images).contiguous(memory_format=self.memory_format)
+        return self.backbone(x), x.shape[-2:]
+
+
+class RCNN(Detector):
+    """normalize -> backbone -> rpn -> box head -> mask head and keypoint head.
 
     backbone: [B, 3, H, W] -> list of maps. Any module will do.
     box_head: None for a region proposal network alone, whose proposals are the detections, all of label 1.
@@ -55,26 +75,26 @@ class RCNN(nn.Module):
         rpn: RPN,
         box_head: BoxHead | None,
         mask_head: MaskHead | None = None,
+        keypoint_head: KeypointHead | None = None,
         channels_last: bool = False,
     ) -> None:
-        super().__init__()
-        self.normalize = normalize
-        self.backbone = backbone
+        super().__init__(normalize, backbone)
         self.rpn = rpn
         self.roi_heads = nn.ModuleDict({} if box_head is None else {"box": box_head})
         if mask_head is not None:
             self.roi_heads["mask"] = mask_head
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.to(memory_format=self.memory_format)
+        if keypoint_head is not None:
+            self.roi_heads["keypoint"] = keypoint_head
+        self.set_memory_format(channels_last)
 
     @property
     def mask_head(self) -> MaskHead | None:
         return dict(self.roi_heads.items()).get("mask")
 
-    def features(self, images: ImageBatch) -> tuple[list[Tensor], torch.Size]:
-        """The backbone's maps, and the padded (height, width) they were made of."""
-        x = self.normalize(images).contiguous(memory_format=self.memory_format)
-        return self.backbone(x), x.shape[-2:]
+    @property
+    def heads_after_box(self) -> list[MaskHead | KeypointHead]:
+        """Those that look at the proposals chosen by the box head, or at its detections."""
+        return [head for name, head in self.roi_heads.items() if name != "box"]
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
         """With targets the losses by name, each a scalar; without them Detections in pixels of the resized images."""
@@ -82,12 +102,25 @@ class RCNN(nn.Module):
         proposals, losses = self.rpn(features, padded, images.sizes, targets)
         if not self.roi_heads:
             return proposals.detections() if targets is None else losses
-        box_head, mask_head = self.roi_heads["box"], self.mask_head
+        box_head = self.roi_heads["box"]
         if targets is None:
             detections = box_head.detect(features, proposals, images.sizes)
-            return mask_head.detect(features, detections) if mask_head is not None else detections
+            for head in self.heads_after_box:
+                detections = head.detect(features, detections)
+            return detections
         chosen, box_losses = box_head.losses(features, proposals, targets)
         losses |= box_losses
-        if mask_head is not None:
-            losses |= mask_head.losses(features, chosen, targets)
+        for head in self.heads_after_box:
+            losses |= head.losses(features, chosen, targets)
         return losses
+
+    def candidates(
+        self, features: list[Tensor], padded: tuple[int, int], sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What may become a detection: boxes [B, N, 4], scores [B, N], group, and whether the score is high enough."""
+        proposals, _ = self.rpn(features, padded, sizes)
+        return self.roi_heads["box"].candidates(features, proposals, sizes)
+
+    def select(self, boxes: Tensor, score: Tensor, group: Tensor, candidate: Tensor) -> Detections:
+        """The best of the candidates after NMS within each group."""
+        return self.roi_heads["box"].select(boxes, score, group, candidate)
