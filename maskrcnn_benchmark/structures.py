@@ -113,6 +113,11 @@ class Proposals(Batch):
     scores: Tensor
     valid: Tensor
 
+    def detections(self) -> Detections:
+        """As objects of label 1."""
+        labels = torch.ones_like(self.valid, dtype=torch.int64)
+        return Detections(boxes=self.boxes, scores=self.scores, labels=labels, valid=self.valid)
+
 
 @dataclass
 class Detections(Batch):

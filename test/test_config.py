@@ -86,7 +86,7 @@ KEYPOINTS = [
         (["SOLVER.MAX_EPOCHS", "-1"], ["MAX_EPOCHS", "negative"]),
         (["SOLVER.MAX_EPOCHS", "3"], ["STEPS", "epochs"]),
         (["INPUT.PIXEL_STD", "[0, 0, 0]"], ["PIXEL_STD", "above 0"]),
-        (["INPUT.PIXEL_MEAN", "[0]"], ["PIXEL_MEAN", "3 channels"]),
+        (["INPUT.PIXEL_MEAN", "[0]"], ["PIXEL_MEAN", "one a channel"]),
         (["INPUT.FIXED_SHAPES", "(96, 96)"], ["FIXED_SHAPES", "96"]),
         (["MODEL.RPN.ASPECT_RATIOS", "()"], ["ASPECT_RATIOS", "at least 1"]),
         (["MODEL.ROI_HEADS.BBOX_REG_WEIGHTS", "(1., 1.)"], ["BBOX_REG_WEIGHTS"]),

@@ -108,7 +108,7 @@ LISTS = {
     "TEST.EXPECTED_RESULTS": ((tuple, list), 0, False),
 }
 
-NOT_BUILT = ("MODEL.RPN_ONLY", "MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS")
+NOT_BUILT = ("MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS",)
 
 
 def get(cfg: CfgNode, key: str):
@@ -131,13 +131,25 @@ def check(cfg: CfgNode) -> None:
     for key, (kind, length, positive) in LISTS.items():
         _check_list(key, get(cfg, key), kind, length, positive)
     for key in NOT_BUILT:
-        if get(cfg, key) and not (key == "MODEL.RPN_ONLY" and cfg.MODEL.RETINANET_ON):
-            raise ConfigError(f"{key} is True, which this version does not build; set it to False")
+        _require(not get(cfg, key), f"{key} is True, which this version does not build; set it to False")
     _check_input(cfg)
     _check_model(cfg)
     _check_solver(cfg)
     _check_expected(cfg)
     _check_metrics(cfg)
+    if cfg.MODEL.RPN_ONLY and not cfg.MODEL.RETINANET_ON:
+        _check_rpn_only(cfg)
+
+
+def _check_rpn_only(cfg: CfgNode) -> None:
+    for key in ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "TEST.BBOX_AUG.ENABLED"):
+        _require(not get(cfg, key), f"{key} and MODEL.RPN_ONLY are both True; the RPN gives one view's boxes alone")
+    _require(
+        tuple(cfg.TEST.METRICS) == ("coco",),
+        f"TEST.METRICS is {tuple(cfg.TEST.METRICS)}, but of proposals (MODEL.RPN_ONLY) only average recall is known",
+    )
+    for key in ("MLPERF.MIN_BBOX_MAP", "MLPERF.MIN_SEGM_MAP"):
+        _require(not get(cfg, key), f"{key} is {get(cfg, key)}, but proposals (MODEL.RPN_ONLY) have no AP")
 
 
 def _check_list(key: str, values: list | tuple, kind: type | tuple[type, ...], length: int, positive: bool) -> None:
@@ -150,7 +162,7 @@ def _check_list(key: str, values: list | tuple, kind: type | tuple[type, ...], l
 
 def _check_input(cfg: CfgNode) -> None:
     means, stds = len(cfg.INPUT.PIXEL_MEAN), len(cfg.INPUT.PIXEL_STD)
-    _require(means == stds == 3, f"INPUT.PIXEL_MEAN has {means} and PIXEL_STD {stds} numbers; images have 3 channels")
+    _require(means == stds, f"INPUT.PIXEL_MEAN has {means} and PIXEL_STD {stds} numbers; both need one a channel")
     for shape in cfg.INPUT.FIXED_SHAPES:
         _check_list("INPUT.FIXED_SHAPES", shape, int, 2, True)
 
@@ -162,8 +174,9 @@ def _check_expected(cfg: CfgNode) -> None:
         numbers = [n for n in numbers if n is not None]
         numbers = numbers[0] if len(numbers) == 1 and isinstance(numbers[0], (tuple, list)) else numbers
         _require(
-            task in ("bbox", "segm", "keypoints") and isinstance(metric, str) and len(numbers) == 2,
-            f'TEST.EXPECTED_RESULTS: {entry!r} must be ["bbox", "segm" or "keypoints", metric, [mean, sigma]]',
+            task in ("bbox", "segm", "keypoints", "box_proposal") and isinstance(metric, str) and len(numbers) == 2,
+            f'TEST.EXPECTED_RESULTS: {entry!r} must be ["bbox", "segm", "keypoints" or "box_proposal", metric, '
+            "[mean, sigma]]",
         )
         switch = {"segm": "MODEL.MASK_ON", "keypoints": "MODEL.KEYPOINT_ON"}.get(task)
         _require(switch is None or get(cfg, switch), f"TEST.EXPECTED_RESULTS judges {task}, but {switch} is False")
@@ -189,8 +202,7 @@ def _require(holds: bool, message: str) -> None:
 def _check_model(cfg: CfgNode) -> None:
     model, rpn = cfg.MODEL, cfg.MODEL.RPN
     body = model.BACKBONE.CONV_BODY
-    neck = parse(body).neck
-    fpn = neck.startswith("FPN")
+    fpn = parse(body).neck.startswith("FPN")
     _require(0 <= model.BACKBONE.FREEZE_CONV_BODY_AT <= 5, "MODEL.BACKBONE.FREEZE_CONV_BODY_AT must be 0..5")
     _require(
         body.endswith("RETINANET") == model.RETINANET_ON,
@@ -200,8 +212,7 @@ def _check_model(cfg: CfgNode) -> None:
     if model.RETINANET_ON:
         _check_retinanet(cfg)
         return
-    for key in ("MODEL.RPN.USE_FPN", "MODEL.ROI_HEADS.USE_FPN"):
-        _require(get(cfg, key) == fpn, f"{key} is {get(cfg, key)}, but MODEL.BACKBONE.CONV_BODY is {body}")
+    _require(fpn == rpn.USE_FPN, f"MODEL.RPN.USE_FPN is {rpn.USE_FPN}, but MODEL.BACKBONE.CONV_BODY is {body}")
     levels = 5 if fpn else 1
     _require(
         len(rpn.ANCHOR_STRIDE) == levels,
@@ -211,7 +222,21 @@ def _check_model(cfg: CfgNode) -> None:
         not fpn or len(rpn.ANCHOR_SIZES) == levels,
         f"MODEL.RPN.ANCHOR_SIZES has {len(rpn.ANCHOR_SIZES)} sizes; with FPN it needs one for each of {levels} levels",
     )
-    scales = tuple(1 / stride for stride in (rpn.ANCHOR_STRIDE[:4] if fpn else rpn.ANCHOR_STRIDE))
+    if fpn:
+        _check_divisibility(cfg)
+    _require(rpn.BG_IOU_THRESHOLD <= rpn.FG_IOU_THRESHOLD, "MODEL.RPN.BG_IOU_THRESHOLD is above FG_IOU_THRESHOLD")
+    if not model.RPN_ONLY:
+        _check_roi_heads(cfg)
+
+
+def _check_roi_heads(cfg: CfgNode) -> None:
+    model, body = cfg.MODEL, cfg.MODEL.BACKBONE.CONV_BODY
+    neck, heads, strides = parse(body).neck, model.ROI_HEADS, model.RPN.ANCHOR_STRIDE
+    fpn = neck == "FPN"
+    _require(
+        fpn == heads.USE_FPN, f"MODEL.ROI_HEADS.USE_FPN is {heads.USE_FPN}, but MODEL.BACKBONE.CONV_BODY is {body}"
+    )
+    scales = tuple(1 / stride for stride in (strides[:4] if fpn else strides))
     if model.KEYPOINT_ON:
         _check_keypoint_head(cfg, scales)
     for name in ("ROI_BOX_HEAD", "ROI_MASK_HEAD") if model.MASK_ON else ("ROI_BOX_HEAD",):
@@ -222,15 +247,10 @@ def _check_model(cfg: CfgNode) -> None:
         )
         res5 = head.FEATURE_EXTRACTOR == "ResNet50Conv5ROIFeatureExtractor"
         _require(
-            res5 == (neck == "C4"),
-            f"{key}.FEATURE_EXTRACTOR is {head.FEATURE_EXTRACTOR}, which does not go with {body}",
+            res5 == (neck == "C4"), f"{key}.FEATURE_EXTRACTOR is {head.FEATURE_EXTRACTOR}; it does not go with {body}"
         )
-    if fpn:
-        _check_divisibility(cfg)
     if model.MASK_ON:
         _check_mask_head(cfg, neck != "C4")
-    _require(rpn.BG_IOU_THRESHOLD <= rpn.FG_IOU_THRESHOLD, "MODEL.RPN.BG_IOU_THRESHOLD is above FG_IOU_THRESHOLD")
-    heads = model.ROI_HEADS
     _require(
         heads.BG_IOU_THRESHOLD <= heads.FG_IOU_THRESHOLD, "MODEL.ROI_HEADS.BG_IOU_THRESHOLD is above FG_IOU_THRESHOLD"
     )

@@ -22,10 +22,6 @@ class ConvBody(NamedTuple):
 
 def parse(name: str) -> ConvBody:
     """Raises ConfigError when there is no such body."""
-    if name.startswith("FBNet"):
-        raise ConfigError(
-            f"MODEL.BACKBONE.CONV_BODY is {name!r}: FBNet is left out here; upstream maskrcnn-benchmark has it"
-        )
     found = FORM.fullmatch(name)
     if not found or (found[3] and found[4] != "FPN"):
         raise ConfigError(

@@ -32,7 +32,8 @@ _C.MODEL.ALLOW_PICKLE = False
 _C.MODEL.MASK_ON = False
 # One box regression for all classes instead of one a class
 _C.MODEL.CLS_AGNOSTIC_BBOX_REG = False
-# Proposals alone; upstream's RetinaNet yamls set it too, where it says nothing more than RETINANET_ON
+# A region proposal network alone, judged by the average recall of its boxes. Upstream's RetinaNet yamls set it too,
+# where it says nothing more than RETINANET_ON
 _C.MODEL.RPN_ONLY = False
 # RetinaNet instead of a region-based detector
 _C.MODEL.RETINANET_ON = False
@@ -262,7 +263,8 @@ _C.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
 _C.INPUT.MAX_SIZE_TRAIN = 1333
 _C.INPUT.MIN_SIZE_TEST = 800
 _C.INPUT.MAX_SIZE_TEST = 1333
-# Mean and standard deviation, in the channel order and range that TO_BGR255 says
+# Mean and standard deviation, in the channel order and range that TO_BGR255 says. As many as the model reads channels:
+# 3, or others through the Python interface (docs/models.md)
 _C.INPUT.PIXEL_MEAN = [102.9801, 115.9465, 122.7717]
 _C.INPUT.PIXEL_STD = [1.0, 1.0, 1.0]
 # The network reads BGR 0..255 (Caffe2's weights) or RGB 0..1 (torchvision's)

@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 RENAMED = {
     "MODEL.BACKBONE.OUT_CHANNELS": "MODEL.RESNETS.BACKBONE_OUT_CHANNELS",
     "SAVE_CHECKPOINT": "SAVE_CHECKPOINTS",
+    "SOLVER.TEST_PERIOD": "SOLVER.EVAL_PERIOD",
     "INPUT.FLIP_PROB_TRAIN": "INPUT.HORIZONTAL_FLIP_PROB_TRAIN",
 }
 
@@ -20,14 +21,27 @@ NORMS = {"FixedBatchNorm": "FrozenBN", "BatchNorm": "BN", "SyncBatchNorm": "Sync
 # Upstream's keys whose work is done elsewhere here.
 WITHOUT_EFFECT = {
     "PATHS_CATALOG": "data sets are named in data/catalog.py and found under DATA.PATH",
+    "MODEL.ROI_MASK_HEAD.MLP_HEAD_DIM": "the mask head is convolutional",
     "AMP_VERBOSE": "mixed precision is torch.autocast, which has nothing to tell",
 }
+
+
+# Upstream's keys that name one of several parts, of which there is one here.
+ONE_VALUE = {"MODEL.RPN.RPN_HEAD": "SingleConvRPNHead"}
+
+FBNET = "FBNet is left out here; upstream maskrcnn-benchmark has it"
 
 
 def translate(values: dict[str, Any], source: str) -> dict[str, Any]:
     """Flat `{dotted key: value}` with upstream's names replaced by ours; what we have no name for passes through."""
     result: dict[str, Any] = {}
     for key, value in values.items():
+        if key.startswith("MODEL.FBNET.") or str(value).startswith("FBNet"):
+            raise ConfigError(f"{source}: {key} is {value!r}: {FBNET}")
+        if key in ONE_VALUE and value != ONE_VALUE[key]:
+            raise ConfigError(f"{source}: {key} is {value!r}; known is {ONE_VALUE[key]}")
+        if key in ONE_VALUE:
+            continue
         if key in WITHOUT_EFFECT:
             logger.warning("%s: %s has no effect: %s", source, key, WITHOUT_EFFECT[key])
         elif key in ("MODEL.RESNETS.TRANS_FUNC", "MODEL.RESNETS.STEM_FUNC"):

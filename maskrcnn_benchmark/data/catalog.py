@@ -56,6 +56,11 @@ def build_dataset(names: Sequence[str], cfg: CfgNode, training: bool) -> AnyData
 
     Raises ConfigError (unknown name), DataError (files).
     """
+    if len(cfg.INPUT.PIXEL_MEAN) != 3:
+        raise ConfigError(
+            f"INPUT.PIXEL_MEAN has {len(cfg.INPUT.PIXEL_MEAN)} numbers, so the model reads as many channels; data sets"
+            " give RGB images, so others reach it through its Python interface alone (docs/models.md)"
+        )
     if not names:
         raise ConfigError("no data set is named: fill DATASETS.TRAIN and DATASETS.TEST with names of data/catalog.py")
     model, (_, count) = cfg.MODEL, num_classes(cfg)
@@ -121,6 +126,8 @@ def check_num_classes(cfg: CfgNode, dataset: AnyDataset) -> None:
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES is {points}, but objects of {dataset.annotation_file} have"
             f" {len(dataset.skeleton)} keypoints: set it to that"
         )
+    if cfg.MODEL.RPN_ONLY and not cfg.MODEL.RETINANET_ON:
+        return  # proposals have no class
     key, configured = num_classes(cfg)
     if configured != dataset.num_classes:
         raise ConfigError(

@@ -58,7 +58,8 @@ def generate(
     """Writes a COCO directory: annotations/instances_{train,val}2017.json, train2017/*.jpg, val2017/*.jpg.
 
     Masks are polygons of what is visible; bbox bounds them, area counts their pixels as pycocotools draws them.
-    Keypoints that another shape hides have visibility 1, those outside the image 0. The same arguments give the same annotations and pixels. The directory appears whole or not at all.
+    Keypoints that another shape hides have visibility 1, those outside the image 0. The same
+    arguments give the same annotations and pixels. The directory appears whole or not at all.
 
     Args:
         output_dir: a new or empty directory. size: (height, width) of the images.

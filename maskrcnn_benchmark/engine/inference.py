@@ -90,6 +90,8 @@ def run_model(
 
 def tasks_of(cfg: CfgNode) -> tuple[str, ...]:
     """What the model's results are judged by."""
+    if cfg.MODEL.RPN_ONLY and not cfg.MODEL.RETINANET_ON:
+        return ("box_proposal",)
     switches = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
     return tuple(task for task, on in switches.items() if on)
 

@@ -42,6 +42,12 @@ logger = logging.getLogger(__name__)
 
 Batch = tuple[ImageBatch, Targets]
 BEST = "model_best.pth"
+# Task -> the numbers written with the metrics; the first of the last task decides which checkpoint is the best
+METRICS = {
+    "box_proposal": ("AR@1000", "AR@100"),
+    "bbox": ("AP", "AP50", "AP75"),
+    "segm": ("AP", "AP50", "AP75"),
+}
 
 
 @dataclass
@@ -219,10 +225,9 @@ def record(run: Run, done: int, scores: dict[str, Any], content: dict[str, Any] 
     run.mllog.eval_stop(done, run.scores)
     run.scored_at = done
     logger.info("accuracy at iteration %d\n%s", done, format_table(run.scores))
-    run.metrics.scalars(
-        done, {f"{task}/{k}": run.scores[task][k] for task in _tasks(run) for k in ("AP", "AP50", "AP75")}
-    )
-    score = run.scores[_tasks(run)[-1]]["AP"]
+    run.metrics.scalars(done, {f"{task}/{k}": run.scores[task][k] for task in _tasks(run) for k in METRICS[task]})
+    task = _tasks(run)[-1]
+    score = run.scores[task][METRICS[task][0]]
     if score is not None and score > run.best:
         run.best = score
         if content is not None:
@@ -233,11 +238,11 @@ def reached_target(run: Run) -> bool:
     """MLPERF's targets, when they are set, against the last evaluation."""
     target = {"bbox": run.cfg.MLPERF.MIN_BBOX_MAP, "segm": run.cfg.MLPERF.MIN_SEGM_MAP}
     tasks = _tasks(run)
-    return bool(tasks) and all(0 < target[task] <= (run.scores[task]["AP"] or 0.0) for task in tasks)
+    return bool(tasks) and all(0 < target.get(task, 0.0) <= (run.scores[task]["AP"] or 0.0) for task in tasks)
 
 
 def _tasks(run: Run) -> tuple[str, ...]:
-    return tuple(task for task in ("bbox", "segm", "keypoints") if task in run.scores)
+    return tuple(task for task in METRICS if task in run.scores)
 
 
 def _dtype(cfg: CfgNode) -> torch.dtype:

@@ -21,8 +21,8 @@ class Results:
 
     image_ids, category_ids: [N] int64, the data set's. scores: [N] float64. boxes: [N, 4] float64 x, y, width, height.
     masks: N compressed RLEs, `counts` alone; sizes: [N, 2] int64 (height, width) of their images; areas: [N] float64,
-    pixels of each mask. keypoints: [N, K, 3] float64 x, y and the score, or of annotations the visibility. None for what
-    there is not.
+    pixels of each mask. keypoints: [N, K, 3] float64 x, y and score; in files of truth the visibility. None
+    for what there is not.
     """
 
     image_ids: np.ndarray
@@ -87,9 +87,9 @@ def detections_to_results(
     """A model's detections in pixels of the original images. Waits for the device.
 
     category_ids: of label l the data set's id is `category_ids[l - 1]`. threshold: pixels whose probability is not
-    below it belong to the mask. Boxes are scaled along each axis by itself, and clipped to the image; keypoints are scaled
-    likewise. Masks become RLEs image by image, so that no batch of full-size masks is ever held. Detections of the
-    background, which a RetinaNet with a channel for it can make, are left out.
+    below it belong to the mask. Boxes are scaled along each axis by itself, and clipped to the image; keypoints are
+    scaled likewise. Masks become RLEs image by image, so that no batch of full-size masks is ever held. Detections of
+    the background, which a RetinaNet with a channel for it can make, are left out.
     """
     valid = (detections.valid & (detections.labels > 0)).cpu().numpy()
     row = np.nonzero(valid)[0]

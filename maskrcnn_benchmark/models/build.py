@@ -32,7 +32,7 @@ def build_model(cfg: CfgNode, device: Device) -> RCNN | RetinaNet:
 
 def build_rcnn(cfg: CfgNode, device: Device) -> RCNN:
     model, (backbone, channels) = cfg.MODEL, build_backbone(cfg)
-    box_head = build_box_head(cfg, channels, device.compacts)
+    box_head = None if model.RPN_ONLY else build_box_head(cfg, channels, device.compacts)
     return RCNN(
         normalize=build_normalize(cfg),
         backbone=backbone,

@@ -1,4 +1,5 @@
-"""The detector: Faster R-CNN; Mask R-CNN with a mask head, Keypoint R-CNN with a keypoint head."""
+"""The detector: Faster R-CNN; Mask R-CNN with a mask head, Keypoint R-CNN with a keypoint head, and without a box head
+the region proposals alone."""
 
 from __future__ import annotations
 
@@ -15,24 +16,30 @@ from .rpn import RPN
 class Normalize(nn.Module):
     """uint8 or float RGB pixels in 0..255 -> what the weights were trained on.
 
-    mean, std: in the order and range that `bgr255` says: BGR 0..255 (Caffe2's weights) or RGB 0..1.
+    mean, std: in the order and range that `bgr255` says: BGR 0..255 (Caffe2's weights) or RGB 0..1. One a channel:
+    three, or another number, of which the first three are RGB.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], bgr255: bool) -> None:
         super().__init__()
         range_ = 1.0 if bgr255 else 255.0
-        order = slice(None, None, -1) if bgr255 else slice(None)
-        self.bgr = bgr255
+        self.bgr = bgr255 and len(mean) >= 3
         # In RGB 0..255; not part of the weights: the configuration carries them.
-        self.register_buffer("mean", torch.tensor(list(mean)[order]).view(1, -1, 1, 1) * range_, persistent=False)
-        self.register_buffer("std", torch.tensor(list(std)[order]).view(1, -1, 1, 1) * range_, persistent=False)
+        mean, std = (torch.tensor(list(values)).view(1, -1, 1, 1) * range_ for values in (mean, std))
+        self.register_buffer("mean", swap_red_and_blue(mean) if self.bgr else mean, persistent=False)
+        self.register_buffer("std", swap_red_and_blue(std) if self.bgr else std, persistent=False)
 
     def forward(self, images: ImageBatch) -> Tensor:
         x = (images.pixels - self.mean) / self.std
         row = torch.arange(x.shape[2], device=x.device) < images.sizes[:, :1]
         column = torch.arange(x.shape[3], device=x.device) < images.sizes[:, 1:]
         x = x * (row[:, None, :, None] & column[:, None, None, :])  # padding is zero after normalising, in all peers
-        return x.flip(1) if self.bgr else x
+        return swap_red_and_blue(x) if self.bgr else x
+
+
+def swap_red_and_blue(x: Tensor) -> Tensor:
+    """[B, C, H, W] with the first three channels in reverse; further ones stay."""
+    return torch.cat((x[:, :3].flip(1), x[:, 3:]), 1) if x.shape[1] > 3 else x.flip(1)
 
 
 class Detector(nn.Module):
@@ -57,6 +64,7 @@ class RCNN(Detector):
     """normalize -> backbone -> rpn -> box head -> mask head and keypoint head.
 
     backbone: [B, 3, H, W] -> list of maps. Any module will do.
+    box_head: None for a region proposal network alone, whose proposals are the detections, all of label 1.
     channels_last: the memory format the network runs in.
     """
 
@@ -65,14 +73,14 @@ class RCNN(Detector):
         normalize: Normalize,
         backbone: nn.Module,
         rpn: RPN,
-        box_head: BoxHead,
+        box_head: BoxHead | None,
         mask_head: MaskHead | None = None,
         keypoint_head: KeypointHead | None = None,
         channels_last: bool = False,
     ) -> None:
         super().__init__(normalize, backbone)
         self.rpn = rpn
-        self.roi_heads = nn.ModuleDict({"box": box_head})
+        self.roi_heads = nn.ModuleDict({} if box_head is None else {"box": box_head})
         if mask_head is not None:
             self.roi_heads["mask"] = mask_head
         if keypoint_head is not None:
@@ -92,6 +100,8 @@ class RCNN(Detector):
         """With targets the losses by name, each a scalar; without them Detections in pixels of the resized images."""
         features, padded = self.features(images)
         proposals, losses = self.rpn(features, padded, images.sizes, targets)
+        if not self.roi_heads:
+            return proposals.detections() if targets is None else losses
         box_head = self.roi_heads["box"]
         if targets is None:
             detections = box_head.detect(features, proposals, images.sizes)

@@ -27,6 +27,7 @@ Rules = list[tuple[str, str | Callable[[re.Match], str]]]
 DERIVED = re.compile(
     r"(^|\.)(num_batches_tracked|positives_average|pixel_mean|pixel_std|anchor_generator\.cell_anchors\.\d+)$"
 )
+STEM = "backbone.body.stem.conv1.weight"  # the convolution that reads the image
 CLASSIFIER = re.compile(r"^(fc|stem\.fc|fc1000|pred)(\.|_)")  # the ImageNet classifier of a backbone's file
 
 TORCHVISION: Rules = [
@@ -188,6 +189,8 @@ def load_weights(model: nn.Module, path: str, allow_pickle: bool = False) -> str
     if name.endswith("backbone"):
         wanted = {key: tensor for key, tensor in wanted.items() if key.startswith("backbone.body.")}
     wanted = {key: tensor for key, tensor in wanted.items() if not DERIVED.search(key)}
+    if STEM in state and STEM in wanted:
+        state[STEM] = inflate(state[STEM], wanted[STEM].shape[1])
     res5 = "backbone.body.layer4."
     if name.endswith("backbone") and not any(key.startswith(res5) for key in wanted):
         state = _move_res5_to_head(state, model, wanted, res5)
@@ -195,6 +198,19 @@ def load_weights(model: nn.Module, path: str, allow_pickle: bool = False) -> str
     model.load_state_dict(state, strict=False)
     logger.info("loaded %d tensors from %s (%s)", len(state), path, name)
     return name
+
+
+def inflate(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution's weights [O, 3, k, k] for images of another number of channels: [O, channels, k, k].
+
+    What the first three channels had they keep, further ones get their mean (where there are fewer than three, all do),
+    and all is scaled by 3 / channels: an image whose channels are equal gets the response it had.
+    """
+    if weight.shape[1] != 3 or channels == 3:
+        return weight
+    mean = weight.mean(1, keepdim=True)
+    kept = weight if channels > 3 else weight[:, :0]
+    return torch.cat([kept, *[mean] * (channels - kept.shape[1])], 1) * (3 / channels)
 
 
 def _move_res5_to_head(state: State, model: nn.Module, wanted: State, res5: str) -> State:
