@@ -59,7 +59,7 @@ def test_configurations_are_frozen_and_independent():
         (["DTYPE", "float8"], ["DTYPE", "bfloat16"]),
         (["MODEL.BACKBONE.CONV_BODY", "R-50-FPN"], ["USE_FPN"]),
         (["MODEL.BACKBONE.CONV_BODY", "VGG"], ["CONV_BODY", "R-50"]),
-        (["MODEL.KEYPOINT_ON", "True"], ["KEYPOINT_ON"]),
+        (["MODEL.KEYPOINT_ON", "True"], ["ROI_KEYPOINT_HEAD"]),
         (["SOLVER.IMS_PER_BATCH", "0"], ["IMS_PER_BATCH"]),
         (["SOLVER.ACCUMULATE_STEPS", "3"], ["divisible"]),
         (["SOLVER.STEPS", "(1, 'a')"], ["SOLVER.STEPS", "'a'", "str"]),

@@ -32,8 +32,8 @@ _C.MODEL.ALLOW_PICKLE = False
 _C.MODEL.MASK_ON = False
 # One box regression for all classes instead of one a class
 _C.MODEL.CLS_AGNOSTIC_BBOX_REG = False
-# A region proposal network alone, judged by the average recall of its boxes. Upstream's RetinaNet yamls set it too, where
-# it says nothing more than RETINANET_ON
+# A region proposal network alone, judged by the average recall of its boxes. Upstream's RetinaNet yamls set it too,
+# where it says nothing more than RETINANET_ON
 _C.MODEL.RPN_ONLY = False
 # RetinaNet instead of a region-based detector
 _C.MODEL.RETINANET_ON = False
