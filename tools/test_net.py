@@ -86,11 +86,11 @@ def measured(scores: dict[str, Any], device: Device) -> dict[str, Any]:
 def score_file(cfg: CfgNode, predictions: str) -> dict[str, Any]:
     results = load_results(predictions)
     dataset = next(iter(test_datasets(cfg).values()))
-    keys = {"bbox": "bbox", "segm": "segmentation"}
+    keys = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
     tasks = [task for task, key in keys.items() if any(isinstance(r, dict) and key in r for r in results)]
     if not tasks or tasks_of(cfg) == ("box_proposal",):
         tasks = tasks_of(cfg)
-    judged_by = (tasks, cfg.TEST.METRICS, cfg.TEST.EVALUATOR, dataset.image_ids)
+    judged_by = (tasks, cfg.TEST.METRICS, cfg.TEST.EVALUATOR, dataset.image_ids, cfg.TEST.KEYPOINT_SIGMAS)
     return score(dataset.ground_truth(), results, *judged_by)[0]
 
 

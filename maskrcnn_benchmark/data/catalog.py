@@ -119,7 +119,13 @@ def num_classes(cfg: CfgNode) -> tuple[str, int]:
 
 
 def check_num_classes(cfg: CfgNode, dataset: AnyDataset) -> None:
-    """Raises ConfigError when the model does not predict as many classes as the data set has."""
+    """Raises ConfigError when the model does not predict as many classes, or keypoints, as the data set has."""
+    points = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES
+    if cfg.MODEL.KEYPOINT_ON and points != len(dataset.skeleton):
+        raise ConfigError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES is {points}, but objects of {dataset.annotation_file} have"
+            f" {len(dataset.skeleton)} keypoints: set it to that"
+        )
     if cfg.MODEL.RPN_ONLY and not cfg.MODEL.RETINANET_ON:
         return  # proposals have no class
     key, configured = num_classes(cfg)

@@ -282,6 +282,7 @@ def checkpoint_content(run: Run, done: int) -> dict[str, Any]:
         "config": dump(run.cfg),
         "category_ids": run.dataset.category_ids,
         "category_names": run.dataset.category_names,
+        "keypoint_limbs": [list(limb) for limb in run.dataset.skeleton.limbs] if run.dataset.skeleton else [],
         "world_size": distributed.world_size(),
     }
 
@@ -341,10 +342,12 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
 
 
 def parallelize(model: nn.Module, device: Device) -> nn.Module:
-    """DistributedDataParallel when there are ranks. Buffers are exchanged only where a batch norm changes them."""
+    """DistributedDataParallel when there are ranks. Buffers are exchanged only where a batch norm or
+    RetinaNet's moving average changes them."""
     if distributed.world_size() == 1:
         return model
     running = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    running |= any(name == "positives_average" for name, _ in model.named_buffers())
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     exchange = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in 2.13
     ids = [device.torch_device] if device.torch_device.index is not None else None
