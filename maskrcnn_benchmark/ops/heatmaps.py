@@ -29,6 +29,8 @@ def find_peaks(maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     cells = sides.ceil().long()
     points, peak = maps.new_zeros((*maps.shape[:2], 2)), maps.new_zeros(maps.shape[:2])
+    if maps.is_meta:  # shapes without values, to count arithmetic
+        return points, peak
     for rows, width, height in _groups(cells.tolist(), maps.shape[1]):
         index = torch.tensor(rows, device=maps.device)
         x, y, value = _peaks_of(maps[index], cells[index], width, height)
