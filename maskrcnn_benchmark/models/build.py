@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from torch import nn
 from yacs.config import CfgNode
 
+from ..config.legacy import describe_conventions
 from ..device import Device
 from ..errors import ConfigError
 from .anchors import AnchorGenerator
@@ -19,9 +21,12 @@ from .resnet import ResNet
 from .roi_pool import RoIPool
 from .rpn import RPN, RPNHead
 
+logger = logging.getLogger(__name__)
+
 
 def build_model(cfg: CfgNode, device: Device) -> RCNN:
     """The detector that `cfg` describes, with fresh weights, on the device."""
+    logger.info(describe_conventions(cfg))
     backbone, channels = build_backbone(cfg)
     box_head = build_box_head(cfg, channels, device.compacts)
     model = RCNN(
@@ -90,7 +95,9 @@ def build_backbone(cfg: CfgNode) -> tuple[nn.Sequential, int]:
 def build_rpn(cfg: CfgNode, channels: int) -> RPN:
     rpn = cfg.MODEL.RPN
     sizes = tuple((size,) for size in rpn.ANCHOR_SIZES) if rpn.USE_FPN else (tuple(rpn.ANCHOR_SIZES),)
-    anchors = AnchorGenerator(sizes, rpn.ASPECT_RATIOS, rpn.ANCHOR_STRIDE, rpn.ANCHOR_ROUNDING, rpn.ANCHOR_GRID)
+    anchors = AnchorGenerator(
+        sizes, rpn.ASPECT_RATIOS, rpn.ANCHOR_STRIDE, rpn.ANCHOR_ROUNDING, rpn.ANCHOR_GRID, rpn.ANCHOR_OFFSET
+    )
     post = "FPN_POST_NMS_TOP_N" if rpn.USE_FPN else "POST_NMS_TOP_N"
     return RPN(
         head=RPNHead(channels, anchors.per_position, rpn.CONV_DIM),
@@ -107,11 +114,14 @@ def build_rpn(cfg: CfgNode, channels: int) -> RPN:
         straddle=rpn.STRADDLE_THRESH,
         smooth_l1_beta=rpn.SMOOTH_L1_BETA,
         loss_normalizer=rpn.LOSS_NORMALIZER,
+        rank_by=rpn.RANK_BY,
+        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
     )
 
 
-def build_pool(head: CfgNode) -> RoIPool:
-    return RoIPool(head.POOLER_SCALES, head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO, head.POOLER_ALIGNED)
+def build_pool(head: CfgNode, plus_one: bool) -> RoIPool:
+    sampling_ratio, aligned = head.POOLER_SAMPLING_RATIO, head.POOLER_ALIGNED
+    return RoIPool(head.POOLER_SCALES, head.POOLER_RESOLUTION, sampling_ratio, aligned, plus_one)
 
 
 def build_box_head(cfg: CfgNode, channels: int, compact: bool) -> BoxHead:
@@ -124,7 +134,7 @@ def build_box_head(cfg: CfgNode, channels: int, compact: bool) -> BoxHead:
         options = stage_options(cfg) | {"dilation": resnets.RES5_DILATION}
         extractor = Conv5FeatureExtractor(resnet_depth(cfg), channels, build_norm(cfg, resnets.NORM), **options)
     return BoxHead(
-        pool=build_pool(box),
+        pool=build_pool(box, cfg.MODEL.LEGACY_PLUS_ONE),
         feature_extractor=extractor,
         predictor=BoxPredictor(extractor.out_channels, box.NUM_CLASSES, cfg.MODEL.CLS_AGNOSTIC_BBOX_REG),
         reg_weights=tuple(heads.BBOX_REG_WEIGHTS),
@@ -136,6 +146,7 @@ def build_box_head(cfg: CfgNode, channels: int, compact: bool) -> BoxHead:
         score_threshold=heads.SCORE_THRESH,
         nms_threshold=heads.NMS,
         detections_per_image=heads.DETECTIONS_PER_IMG,
+        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
         compact=compact,
     )
 
@@ -148,11 +159,12 @@ def build_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact: boo
         norm = build_norm(cfg, "GN") if mask.USE_GN else None
         extractor = ConvFeatureExtractor(channels, tuple(mask.CONV_LAYERS), norm)
     return MaskHead(
-        pool=build_pool(mask),
+        pool=build_pool(mask, cfg.MODEL.LEGACY_PLUS_ONE),
         feature_extractor=extractor,
         predictor=MaskPredictor(extractor.out_channels, mask.CONV_LAYERS[-1], cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES),
         share_features=mask.SHARE_BOX_FEATURE_EXTRACTOR,
         soft_bitmap_targets=mask.SOFT_BITMAP_TARGETS,
         positives_per_image=int(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION),
+        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
         compact=compact,
     )
