@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED
-from pycocotools import mask as coco_mask
-from test_fixtures import POLYGONS, close, peer_state, subsample
+from test_fixtures import POLYGONS, close, pack, peer_state, subsample
 from torch import Tensor
 
 from maskrcnn_benchmark.config import get_config
@@ -25,7 +23,7 @@ from maskrcnn_benchmark.models.build import build_model
 from maskrcnn_benchmark.models.rcnn import RCNN
 from maskrcnn_benchmark.ops.boxes import from_inclusive, to_inclusive
 from maskrcnn_benchmark.ops.rle import decode_rle
-from maskrcnn_benchmark.structures import Detections, ImageBatch, PolygonBatch, Targets
+from maskrcnn_benchmark.structures import Detections, ImageBatch, Targets
 
 CONVENTION = ROOT / "configs" / "conventions" / "maskrcnn_benchmark.yaml"
 WHOLE_MODELS = sorted(path.stem for path in (SHARED / "fixtures").glob("maskrcnn_benchmark_e2e_mask_*.json"))
@@ -72,7 +70,7 @@ def test_features_and_rpn_head(upstream):
     with torch.no_grad():
         logits, deltas = upstream.model.rpn.head(upstream.features)
     for level, feature in enumerate(upstream.features):
-        step = 4 if level < 2 and len(upstream.features) > 1 else 1
+        step = 4 if level < 2 else 1
         close(subsample(feature), upstream.tensor(f"feature_{level}"))
         close(logits[level][:, :, ::step, ::step], upstream.tensor(f"objectness_{level}"))
         close(deltas[level][:, :, ::step, ::step], upstream.tensor(f"deltas_{level}"))
@@ -135,10 +133,3 @@ def test_losses(upstream):
     theirs = {name: float(upstream.arrays[f"loss/{name}"]) for name in losses}
     assert {f"loss/{name}" for name in losses} == {key for key in upstream.arrays if key.startswith("loss/")}
     assert {name: float(loss) for name, loss in losses.items()} == pytest.approx(theirs, rel=1e-5)
-
-
-def pack(polygons: list[list[float]]) -> PolygonBatch:
-    """Instances of one polygon each."""
-    points = torch.tensor([v for polygon in polygons for v in polygon], dtype=torch.float32).reshape(-1, 2)
-    ends = torch.tensor([0] + [len(polygon) // 2 for polygon in polygons]).cumsum(0)
-    return PolygonBatch(points, ends, torch.arange(len(polygons) + 1))

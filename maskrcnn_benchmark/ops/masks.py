@@ -84,19 +84,21 @@ def bitmap_targets_whole_pixels(bitmaps: Tensor, instance: Tensor, boxes: Tensor
     first = torch.minimum(boxes[:, :2].round().clamp(min=0), limit - 1)
     last = torch.maximum(torch.minimum((boxes[:, 2:] - 1).round().clamp(min=0), limit), first + 1)
     side = (last - first)[..., None]
-    cell = torch.arange(size, dtype=boxes.dtype, device=boxes.device) + 0.5
-    position = (side / size * cell - 0.5).clamp(min=0)  # [R, 2, size], in pixels of the crop
+    # Position and sum are rounded as torch's interpolate rounds them (a fused multiply-add, products first): the shares
+    # of four ones may add up to less than 1, which is truncated to 0.
+    cell = torch.arange(size, dtype=torch.float64, device=boxes.device) + 0.5
+    position = ((side / size).double() * cell - 0.5).to(boxes.dtype).clamp(min=0)  # [R, 2, size], in pixels of the crop
     low = torch.minimum(position.floor(), side - 1)
     above = position - low
-    high = torch.minimum(low + 1, side - 1)
-    pixel = torch.stack([low, high]) + first[..., None]
+    pixel = torch.stack([low, torch.minimum(low + 1, side - 1)]) + first[..., None]
     x, y = pixel.to(torch.int64).unbind(2)  # [2, R, size]: below and above
     share_x, share_y = torch.stack([1 - above, above]).unbind(2)
     flat, row = bitmaps.flatten(), (instance[:, None] * height + y) * width
     values = boxes.new_zeros((len(boxes), size, size))
-    for i in range(2):  # one axis after the other: only so do the shares of four ones add up to exactly 1
-        left, right = (share_x[j][:, None] * flat[row[i][:, :, None] + x[j][:, None]] for j in range(2))
-        values += share_y[i][:, :, None] * (left + right)
+    for i in range(2):
+        for j in range(2):
+            taps = flat[row[i][:, :, None] + x[j][:, None]]
+            values += share_y[i][:, :, None] * share_x[j][:, None] * taps
     return values if soft else (values >= 1).to(values.dtype)
 
 
