@@ -251,8 +251,6 @@ _C.MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO = 0
 _C.MODEL.ROI_KEYPOINT_HEAD.POOLER_SCALES = (1.0 / 16,)
 # (+) as for the box head
 _C.MODEL.ROI_KEYPOINT_HEAD.POOLER_ALIGNED = True
-# Upstream's key, which says nothing here: the head is convolutional
-_C.MODEL.ROI_KEYPOINT_HEAD.MLP_HEAD_DIM = 1024
 # Channels of the 3x3 convolutions
 _C.MODEL.ROI_KEYPOINT_HEAD.CONV_LAYERS = (512,) * 8
 # Side of the predicted heat map: four times POOLER_RESOLUTION

@@ -26,6 +26,7 @@ NORMS = {"FixedBatchNorm": "FrozenBN", "BatchNorm": "BN", "SyncBatchNorm": "Sync
 WITHOUT_EFFECT = {
     "PATHS_CATALOG": "data sets are named in data/catalog.py and found under DATA.PATH",
     "MODEL.ROI_MASK_HEAD.MLP_HEAD_DIM": "the mask head is convolutional",
+    "MODEL.ROI_KEYPOINT_HEAD.MLP_HEAD_DIM": "the keypoint head is convolutional",
     "AMP_VERBOSE": "mixed precision is torch.autocast, which has nothing to tell",
 }
 
@@ -38,6 +39,9 @@ CONVENTIONS = (
     *(f"MODEL.RPN.{key}" for key in ("SMOOTH_L1_BETA", "LOSS_NORMALIZER")),
     *("MODEL.ROI_BOX_HEAD.POOLER_ALIGNED", "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA"),
     *(f"MODEL.ROI_MASK_HEAD.{key}" for key in ("POOLER_ALIGNED", "SOFT_BITMAP_TARGETS", "PASTE_WHOLE_PIXELS")),
+    *("MODEL.ROI_KEYPOINT_HEAD.POOLER_ALIGNED", "MODEL.ROI_KEYPOINT_HEAD.POSITIVES"),
+    *(f"MODEL.RETINANET.{key}" for key in ("BACKGROUND_CHANNEL", "WHOLE_ANCHOR_SIZES", "BOX_CODER_WEIGHTS")),
+    *(f"MODEL.RETINANET.{key}" for key in ("LOSS_NORMALIZER", "CLIP_BEFORE_NMS")),
     *("INPUT.RESIZE_ROUNDING", "INPUT.RESIZE_BY"),
 )
 
