@@ -15,15 +15,20 @@ import sys
 import termios
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.data import catalog, doctor
 from maskrcnn_benchmark.data.coco import PROBLEMS, CocoDataset
 from maskrcnn_benchmark.data.doctor import objects, splits
+from maskrcnn_benchmark.data.doctor.balance import best_overlaps
 from maskrcnn_benchmark.data.doctor.images import examine
 from maskrcnn_benchmark.data.doctor.repair import write_repaired
 from maskrcnn_benchmark.data.loader import train_loader
@@ -31,6 +36,9 @@ from maskrcnn_benchmark.data.transforms import Compose
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.errors import DataError, UserError
 from maskrcnn_benchmark.evaluation.coco import evaluate
+from maskrcnn_benchmark.models.anchors import cell_anchors, grid_anchors
+from maskrcnn_benchmark.ops.boxes import iou
+from maskrcnn_benchmark.ops.matching import match
 from maskrcnn_benchmark.report import data_page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -384,6 +392,38 @@ def test_objects_that_no_anchor_fits(folder):
     assert "anchors" not in {f.check for f in doctor.examine([folder.survey()], listed)}
 
 
+@settings(max_examples=40, deadline=None)
+@given(width=st.floats(2, 300), height=st.floats(2, 300))
+def test_what_is_said_of_objects_that_no_anchor_fits(width, height):
+    """Of all anchors over a map, matched as training does: none is above the overlap that is reckoned, and below the
+    background's limit one shape of anchors alone becomes positive, by being the best."""
+    cfg = setting().cfg.MODEL.RPN
+    folder = SimpleNamespace(objects=np.zeros(1, int), image_of=np.zeros(1, int), sizes=np.array([[60, 80]]))
+    folder.clipped = np.array([[0, 0, width, height]])
+    (most,) = best_overlaps(folder, setting())
+    anchors = grid_anchors(cell_anchors(cfg.ANCHOR_SIZES, cfg.ASPECT_RATIOS), 40, 40, (16, 16))
+    x, y = 320 - width / 2, 320 - height / 2
+    box = torch.tensor([[[x, y, x + width, y + height]]], dtype=torch.float32)
+    overlaps = iou(box[0], anchors)[0]
+    assert overlaps.max() <= most + 1e-4
+    assert overlaps.max() == pytest.approx(most, rel=1e-3), "one of them is around its middle"
+    limits = (cfg.FG_IOU_THRESHOLD, cfg.BG_IOU_THRESHOLD, True)
+    label = match(box, torch.ones(1, 1, dtype=torch.bool), anchors, *limits)[1][0]
+    if most < cfg.BG_IOU_THRESHOLD:
+        assert (label == 1).equal(overlaps == overlaps.max()) and (label == -1).sum() == 0
+
+
+def test_more_objects_than_are_detected(folder):
+    row = [
+        annotation(100 + i, 5, bbox=[i / 2, 10, 30, 20], segmentation=[[i / 2, 10, 40, 10, 40, 30]]) for i in range(9)
+    ]
+    folder.add_image(5, *row)
+    checks = setting("MODEL.ROI_HEADS.DETECTIONS_PER_IMG", "8")
+    (found,) = (f for f in doctor.examine([folder.survey()], checks) if f.check == "image_crowded")
+    assert (found.severity, ids(found), found.offenders[0].detail) == (doctor.NOTE, [(5, None)], "9 objects")
+    assert "image_crowded" not in folder.findings()
+
+
 def test_long_objects_and_images(folder):
     thin = [5, 30, 75, 30, 75, 36, 5, 36]
     folder.add_image(10, annotation(10, 10, bbox=[5, 30, 70, 6], segmentation=[thin]))
@@ -612,7 +652,11 @@ def test_the_tool_end_to_end(folder, run, check, tmp_path):
     assert [found["zero_area"]["offenders"][0][key] for key in ("image_id", "annotation_id")] == [5, 31]
     severities = [finding["severity"] for finding in report["findings"]]
     assert severities == sorted(severities, key=("stops", "hurts", "note").index)
-    for words in ("image id 5, annotation id 31, 5.jpg", "STOPS  1 image files that are damaged", "training: drops"):
+    for words in (
+        "image id 5, annotation id 31, 5.jpg",
+        "STOPS  image files that are damaged, truncated or no images: 1\n",
+        "training: drops the object",
+    ):
         assert words in done.stdout
     page = paths["html"].read_text(encoding="utf-8")
     parsed = Page(page)

@@ -91,7 +91,14 @@ def add_check(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--config-file", metavar="YAML", help="of the run: its anchors, sizes, classes; else defaults")
     parser.add_argument("--boxes", action="store_true", help="boxes alone: objects without a mask are fine, then")
     parser.add_argument("--no-images", action="store_true", help="do not read the image files, annotations alone")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read images; default one a core")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=cores,
+        metavar="N",
+        help=f"processes that read images; default one a core, {cores}",
+    )
     parser.add_argument("--fix", metavar="OUT.json", help="write a repaired copy of the annotations, COCO's JSON")
     parser.add_argument("--html", metavar="PAGE.html", help="write a page with pictures of the offenders")
     parser.add_argument("--json", metavar="FILE", help="write the findings")
@@ -171,13 +178,12 @@ def check(args: argparse.Namespace) -> int:
     names = list(dict.fromkeys(args.datasets or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
     if not names or (args.fix and len(names) > 1):
         raise ConfigError("check needs a DATASET, or a --config-file that names some; --fix takes one DATASET alone")
-    if args.workers is not None and args.workers < 0:
+    if args.workers < 0:
         raise ConfigError(f"--workers {args.workers} must be 0 or more")
     for path in filter(None, (args.fix, args.html, args.json)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    workers = os.cpu_count() if args.workers is None else args.workers
     masks, root = cfg.MODEL.MASK_ON and not args.boxes, args.data_path or cfg.DATA.PATH
-    surveys = [doctor.survey(name, root, masks, workers, progress, not args.no_images) for name in names]
+    surveys = [doctor.survey(name, root, masks, args.workers, progress, not args.no_images) for name in names]
     setting = doctor.Setting(cfg, args.config_file is not None)
     findings = doctor.examine(surveys, setting)
     print(data_report.text(surveys, findings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from html import escape
 
 import cv2
@@ -14,7 +15,7 @@ from ..data.doctor.finding import Offender
 from ..data.images import read_image
 from ..errors import DataError
 from .contact_sheet import inline, shrink
-from .data_report import about, name_of, verdict
+from .data_report import about, name_of, title, verdict
 from .page import document
 from .visualize import draw
 
@@ -30,14 +31,15 @@ _BINS_AN_OCTAVE, _HEIGHT = 4, 130
 _STYLE = """
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr));gap:12px;margin-top:8px}
 .pictures img{max-width:100%;display:block;border-radius:4px}.pictures figure{margin:0}
-figcaption{overflow-wrap:anywhere}
-section h3{margin:.25rem 0}dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 12px;margin:.4rem 0}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}ul{margin:.3rem 0;padding-left:1.2rem;overflow-wrap:anywhere}
-svg.bars{width:100%;margin:8px 0 0}.bars rect{fill:var(--new);opacity:.75}.anchor{stroke:var(--unsure);stroke-width:1.5;
-stroke-dasharray:3 3}.classes{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr max-content;gap:3px 10px;
-align-items:center;font-variant-numeric:tabular-nums}.classes b{font-weight:400;overflow-wrap:anywhere}
-.classes i{display:block;height:12px;min-width:1px;background:var(--new);opacity:.75;border-radius:2px}
+figcaption{overflow-wrap:anywhere}section{padding-bottom:8px}section h3{margin:.25rem 0}summary{color:var(--ink)}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 12px;margin:.4rem 0}dt{color:var(--soft)}
+dd{margin:0;overflow-wrap:anywhere}ul{margin:.3rem 0;padding-left:1.2rem;overflow-wrap:anywhere}
+svg.bars{width:100%;margin:8px 0 0}.bars rect{fill:var(--new);opacity:.75}
+.anchor{stroke:var(--unsure);stroke-width:1.5;stroke-dasharray:3 3}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:0 28px}
+.classes{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr max-content;gap:3px 10px;align-items:center}
+.classes b{font-weight:400;overflow-wrap:anywhere}.classes span{text-align:right;font-variant-numeric:tabular-nums}
+.classes i{display:block;height:12px;min-width:1px;background:var(--new);opacity:.75;border-radius:2px}
 """
 
 
@@ -54,32 +56,38 @@ def page(surveys: Sequence[Survey], findings: Sequence[Finding], setting: Settin
 
 
 def _finding(finding: Finding, surveys: dict[str, Survey], several: bool) -> str:
+    """A section; notes are folded."""
     mark, word = _MARKS[finding.severity]
     facts = {"data": finding.dataset if several else "", "training": finding.training, "advice": finding.advice}
     rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items() if value)
-    drawn = finding.offenders[:PICTURES] if finding.offenders and finding.offenders[0].index is not None else ()
-    figures = "".join(_figure(offender, surveys[offender.dataset]) for offender in drawn)
-    listed = "".join(f"<li>{escape(name_of(offender))}</li>" for offender in finding.offenders[len(drawn) :])
+    body = f"<dl>{rows}</dl>" + _offenders(finding, surveys)
+    head = f'{escape(title(finding))} <span class="{mark}">{word}</span>'
+    if finding.severity == NOTE:
+        return f"<section><details><summary>{head}</summary>{body}</details></section>"
+    return f"<section><h3>{head}</h3>{body}</section>"
+
+
+def _offenders(finding: Finding, surveys: dict[str, Survey]) -> str:
+    """Pictures of the first ones that can be drawn, the others by name."""
+    figures, listed = [], []
+    for offender in finding.offenders:
+        name, picture = escape(name_of(offender)), None
+        if offender.index is not None and len(figures) < PICTURES:
+            with suppress(DataError):  # an image that cannot be read, which another finding says
+                picture = picture_of(offender, surveys[offender.dataset])
+        if picture is None:
+            listed.append(f"<li>{name}</li>")
+        else:
+            figures.append(f'<figure><img alt="" src="{inline(picture)}"><figcaption>{name}</figcaption></figure>')
     left = finding.count - len(finding.offenders)
-    more = f'<p class="soft">and {left:,} more</p>' if finding.offenders and left > 0 else ""
     return (
-        f'<section><h3>{finding.count:,} {escape(finding.what)} <span class="{mark}">{word}</span></h3><dl>{rows}</dl>'
-        + (f'<div class="pictures">{figures}</div>' if figures else "")
-        + (f"<ul>{listed}</ul>" if listed else "")
-        + f"{more}</section>"
+        (f'<div class="pictures">{"".join(figures)}</div>' if figures else "")
+        + (f"<ul>{''.join(listed)}</ul>" if listed else "")
+        + (f'<p class="soft">and {left:,} more</p>' if finding.offenders and left else "")
     )
 
 
 # ---- pictures
-
-
-def _figure(offender: Offender, survey: Survey) -> str:
-    caption = escape(name_of(offender))
-    try:
-        picture = picture_of(offender, survey)
-    except DataError:
-        return f"<figure><figcaption>{caption} (no picture: it cannot be read)</figcaption></figure>"
-    return f'<figure><img alt="{caption}" src="{inline(picture)}"><figcaption>{caption}</figcaption></figure>'
 
 
 def picture_of(offender: Offender, survey: Survey) -> np.ndarray:
@@ -141,9 +149,7 @@ def _statistics(survey: Survey, setting: Setting) -> str:
     pixels = np.sqrt(sides.prod(axis=1))
     sizes = survey.sizes[survey.stated.all(axis=1)]
     charts = [
-        _histogram(
-            pixels, rpn.ANCHOR_SIZES, "Sizes of objects: side of a square of their area, pixels for the network"
-        ),
+        _histogram(pixels, rpn.ANCHOR_SIZES, "Sizes of objects: root of their area, pixels for the network"),
         _histogram(sides[:, 1] / sides[:, 0], rpn.ASPECT_RATIOS, "Proportions of objects: height / width"),
         _histogram(sizes[:, 0] / sizes[:, 1], (), "Proportions of images: height / width"),
     ]
@@ -177,7 +183,7 @@ def _histogram(values: np.ndarray, anchors: Sequence[float], title: str) -> str:
     low, high = int(np.floor(shown.min())), int(np.ceil(shown.max() + 1e-9))
     counts, _ = np.histogram(np.log2(values), (high - low) * _BINS_AN_OCTAVE, (low, high))
     parts = list(_bars(counts))
-    for octave in range(low, high + 1, max(1, (high - low) // 6)):
+    for octave in range(low, high + 1, -(-(high - low) // 6)):
         x = 100 * (octave - low) / (high - low)
         anchor = "start" if x < 4 else "end" if x > 96 else "middle"
         parts.append(f'<text x="{x:.2f}%" y="{_HEIGHT + 18}" text-anchor="{anchor}">{_power(octave)}</text>')

@@ -16,7 +16,7 @@ def text(surveys: Sequence[Survey], findings: Sequence[Finding]) -> str:
     """What was looked at, the findings with their first offenders, the verdict last."""
     lines = [about(survey) for survey in surveys]
     for finding in findings:
-        lines += ["", f"{finding.severity.upper():<5}  {finding.count} {finding.what}"]
+        lines += ["", f"{finding.severity.upper():<5}  {title(finding)}"]
         if len(surveys) > 1:
             lines.append(f"       in {finding.dataset}")
         lines.append(f"       training: {finding.training}")
@@ -35,6 +35,11 @@ def about(survey: Survey) -> str:
         f"{survey.name}: {len(entries.images)} images ({read}), {entries.annotations} annotations,"
         f" {len(survey.objects)} objects to train on, {len(survey.category_ids)} classes"
     )
+
+
+def title(finding: Finding) -> str:
+    """What was found, and how often where there may be several."""
+    return f"{finding.what}: {finding.count:,}" if finding.offenders or finding.count > 1 else finding.what
 
 
 def name_of(offender: Offender) -> str:

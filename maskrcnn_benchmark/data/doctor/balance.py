@@ -46,6 +46,17 @@ def images_without_objects(survey: Survey, setting: Setting) -> Iterator[Finding
         yield Finding("image_empty", survey.name, NOTE, len(indices), what, training, offenders=offenders)
 
 
+def crowded_images(survey: Survey, setting: Setting) -> Iterator[Finding]:
+    counts, most = survey.counts(), setting.cfg.MODEL.ROI_HEADS.DETECTIONS_PER_IMG
+    indices = np.flatnonzero(counts > most)
+    if len(indices):
+        what = f"images with more than {most} objects"
+        training = f"learns from all; but no more than {most} are detected, nor count in COCO's evaluation of a class"
+        advice = "raise MODEL.ROI_HEADS.DETECTIONS_PER_IMG, or cut the images into pieces"
+        offenders = of_images(survey, indices, lambda i: f"{counts[i]} objects")
+        yield Finding("image_crowded", survey.name, NOTE, len(indices), what, training, advice, False, offenders)
+
+
 def small_for_anchors(survey: Survey, setting: Setting) -> Iterator[Finding]:
     sides, overlaps = object_sides(survey, setting), best_overlaps(survey, setting)
     least = setting.cfg.MODEL.RPN.BG_IOU_THRESHOLD
@@ -109,4 +120,4 @@ def best_overlaps(survey: Survey, setting: Setting) -> np.ndarray:
     return best
 
 
-CHECKS = (unused_classes, images_without_objects, small_for_anchors, long_objects)
+CHECKS = (unused_classes, images_without_objects, crowded_images, small_for_anchors, long_objects)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ class Setting:
 
 def of_rows(survey: Survey, rows: Iterable[int], detail=lambda row: "") -> tuple[Offender, ...]:
     """The first of these annotations. detail: row -> what is wrong with it."""
-    return tuple(_of_row(survey, int(row), detail(row)) for row in list(rows)[:MOST_OFFENDERS])
+    return tuple(_of_row(survey, int(row), detail(row)) for row in islice(rows, MOST_OFFENDERS))
 
 
 def _of_row(survey: Survey, row: int, detail: str) -> Offender:
@@ -110,5 +111,5 @@ def of_images(survey: Survey, indices: Iterable[int], detail=lambda index: "") -
     images = survey.entries.images
     return tuple(
         Offender(images[i]["id"], None, images[i]["file_name"], detail(i), survey.name, int(i))
-        for i in list(indices)[:MOST_OFFENDERS]
+        for i in islice(indices, MOST_OFFENDERS)
     )

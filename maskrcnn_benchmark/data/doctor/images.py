@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,9 +63,9 @@ def examine(path: str) -> ImageFacts:
     try:
         with open(path, "rb") as file:
             data = file.read()
-        image = decode(data, os.path.basename(path))
+        image = decode(data, "it")
     except OSError as error:
-        return ImageFacts(f"cannot be read: {error.strerror}")
+        return ImageFacts(f"it cannot be read: {error.strerror}")
     except DataError as error:
         return ImageFacts(str(error))
     orientation = orientation_of(data)
