@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -307,6 +307,48 @@ def test_what_stops_training_at_the_start(folder, check, change, offender):
     copy = folder.repaired()
     assert {f.check for f in copy.findings().values() if f.severity != doctor.NOTE} == set()
     assert copy.train().counts.sum() >= 2 and copy.content["info"] == {"year": 2026}
+
+
+VALUES = [None, "x", "", -1, 0, 1, 901, 3.5, 1e40, float("nan"), True, 10**30, [], {}, [1, 2], [[1, 2]], ["a"] * 4]
+VALUES += [[0, 0, 0, 0], [1e300] * 4, [[1e300] * 6], {"size": [60, 80], "counts": "x"}, {"size": 3, "counts": 4}]
+KEYS = {
+    "images": ("id", "file_name", "height", "width"),
+    "categories": ("id", "name"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"),
+}
+CHANGES = st.sampled_from([(name, key) for name, keys in KEYS.items() for key in keys])
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(CHANGES, st.integers(0, 3), st.sampled_from(VALUES)), min_size=1, max_size=4))
+def test_whatever_the_values_the_doctor_knows_whether_training_stops(tmp_path, changes):
+    """Any values anywhere: what stops is found if and only if training stops, and a repaired copy does not stop it."""
+    folder = Folder(tmp_path / "data")
+    folder.content["annotations"] += [annotation(1, 901, bbox=[40, 30, 20, 20]), annotation(2, 907, iscrowd=1)]
+    for (name, key), place, value in changes:
+        entries = folder.content[name]
+        entries[place % len(entries)][key] = value
+    found = folder.findings(pixels=False)
+    stops = [check for check, finding in found.items() if finding.severity == doctor.STOPS]
+    try:
+        dataset = folder.train()
+    except DataError as error:
+        assert stops, error
+    else:
+        assert not stops
+        kinds = {kind: sorted(rows) for kind, rows in dataset.warnings.items()}
+        survey = folder.survey(pixels=False)
+        assert kinds == {kind: sorted(survey.ids[rows].tolist()) for kind, rows in survey.problems.items()}
+    data_page.page([folder.survey(pixels=False)], list(found.values()), setting())
+    try:
+        copy = folder.repaired()
+    except DataError as error:
+        assert re.search("would have no|two different", str(error))
+        return
+    left = {check for check, finding in copy.findings().items() if finding.severity != doctor.NOTE}
+    assert left <= {"no_objects", "category_name_repeated", "anchors"}
+    if not left:
+        copy.train()
 
 
 def test_ids_that_stand_for_two_things_cannot_be_repaired(folder):

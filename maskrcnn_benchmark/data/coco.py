@@ -549,7 +549,7 @@ def _read_categories(categories: list[dict], file: str) -> dict[int, str]:
 def entry_problem(key: str, number: int, entry: dict) -> str:
     """Why an entry of the list of images or categories cannot be used; empty where it can."""
     name = "file_name" if key == "images" else "name"
-    if type(entry.get("id")) is int and type(entry.get(name)) is str:
+    if type(entry.get("id")) is int and abs(entry["id"]) < 2**63 and type(entry.get(name)) is str:
         return ""
     return f"{key}[{number}] needs an id (a whole number) and a {name} (a text)"
 

@@ -12,7 +12,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from ..transforms import ResizeShortSide, build_transforms
-from .survey import Survey
+from .survey import UNKNOWN_SIDE, Survey
 
 # From worst to harmless: training stops; goes on, but learns or measures something wrong; is as good as before
 STOPS, HURTS, NOTE = SEVERITIES = ("stops", "hurts", "note")
@@ -77,7 +77,8 @@ class Setting:
         if self.resize is None:
             return np.ones(len(sizes))
         short = float(np.median(self.resize.sizes))
-        return np.minimum(short / sizes.min(axis=1), self.resize.max_size / sizes.max(axis=1))
+        scales = np.minimum(short / sizes.min(axis=1), self.resize.max_size / sizes.max(axis=1))
+        return np.where(sizes.max(axis=1) == UNKNOWN_SIDE, 1.0, scales)
 
 
 def of_rows(survey: Survey, rows: Iterable[int], detail=lambda row: "") -> tuple[Offender, ...]:

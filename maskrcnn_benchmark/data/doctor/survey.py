@@ -20,6 +20,8 @@ from .images import ImageFacts, Progress, scan
 
 # Least box overlap (IoU) of an annotation's box with its own polygons; COCO's own are all above .8
 LEAST_OWN_IOU = 0.5
+# Height and width of an image where neither its entry nor its file says any: everything fits
+UNKNOWN_SIDE = 1 << 30
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Survey:
 
     name: as DATASETS.TRAIN takes it; annotation_file: for messages.
     stated: [N, 2] int64 (height, width) as the entries say, 0 where they say none; sizes: the same, the file's own
-    where the stated one cannot be, 2^30 where nothing is known.
+    where the stated one cannot be, UNKNOWN_SIDE where nothing is known.
     missing: [N] bool, no such file. facts: of each image's file; None where files were not read.
     image_of, label_of: [A] int64, -1 where the id leads nowhere. boxes: [A, 4] float64 xyxy, not clipped.
     usable: [A] bool, what training keeps; problems: kind (a key of coco.PROBLEMS) -> rows.
@@ -192,9 +194,8 @@ def _stated(image: dict[str, Any]) -> tuple[int, int]:
 
 
 def _trusted(stated: np.ndarray, facts: list[ImageFacts] | None) -> np.ndarray:
-    """[N, 2] the stated sizes, and the file's where it has another one, or none is stated. Where nothing is known
-    everything fits."""
-    sizes = np.where(stated > 0, stated, 1 << 30)
+    """[N, 2] the stated sizes, and the file's where it has another one, or none is stated."""
+    sizes = np.where(stated > 0, stated, UNKNOWN_SIDE)
     for index, fact in enumerate(facts or ()):
         if not fact.problem and tuple(stated[index]) not in (fact.stored, fact.upright):
             sizes[index] = fact.upright
