@@ -102,14 +102,23 @@ def read_source(name: str, root: str = "") -> Source:
 
     Raises ConfigError, DataError.
     """
+    source = find_source(name, root)
+    return source if source.content is not None else replace(source, content=read_coco(str(source.file)))
+
+
+def find_source(name: str, root: str = "") -> Source:
+    """As `read_source`, but a whole COCO file is not read yet: `content` is None then.
+
+    Raises ConfigError, DataError.
+    """
     name, part = _split_name(name)
     if is_python_name(name):
         raise ConfigError(f"{name} is Python code: it has no annotation files to work on")
     source = formats.read(name, root) if formats.is_address(name) else Source(*_locate(name, root)[1:], None)
+    if part == slice(None):
+        return source
     content = source.content if source.content is not None else read_coco(str(source.file))
-    if part != slice(None):
-        content = part_of(content, content["images"][part])
-    return replace(source, content=content)
+    return replace(source, content=part_of(content, content["images"][part]))
 
 
 def num_classes(cfg: CfgNode) -> tuple[str, int]:
