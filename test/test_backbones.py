@@ -175,6 +175,12 @@ def test_unknown_bodies_are_refused(name):
         get_config(overrides=["MODEL.BACKBONE.CONV_BODY", name])
 
 
+def test_hrnet_has_no_deformable_stages():
+    dcn = ["MODEL.BACKBONE.CONV_BODY", "HRNet-W18-FPN", "MODEL.RESNETS.STAGE_WITH_DCN", "(True, False, False, False)"]
+    with pytest.raises(ConfigError, match=r"STAGE_WITH_DCN.*HRNet"):
+        get_config(overrides=dcn)
+
+
 @given(channels=st.integers(1, 9), seed=st.integers(0, 100))
 @settings(max_examples=20, deadline=None)
 def test_inflated_weights_answer_grey_images_as_before(channels, seed):
