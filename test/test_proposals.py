@@ -41,8 +41,8 @@ def test_recall_by_hand():
 
 
 def test_each_proposal_finds_one_object():
-    """Two objects at the same place, one proposal there and one elsewhere: half of them. The best pair is taken first, not
-    the first object."""
+    """Two objects at the same place, one proposal there and one elsewhere: half of them. The best pair is taken first,
+    not the first object."""
     found = average_recall(truth_of((0, 0, 50, 50), (0, 0, 50, 50)), proposals_of((0, 0, 50, 50), (200, 0, 50, 50)))
     assert found["AR@100"] == 0.5
     truth = truth_of((0, 0, 100, 60), (0, 0, 100, 100))

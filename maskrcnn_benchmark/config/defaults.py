@@ -40,6 +40,10 @@ _C.MODEL.RETINANET_ON = False
 # Predict keypoints (Keypoint R-CNN)
 _C.MODEL.KEYPOINT_ON = False
 
+# (+) The "+1" of Detectron and upstream: a box is named by its first and its last pixel and its width is x2 - x1 + 1.
+# It decides how boxes are clipped, resized, mirrored and pooled, masks cropped: docs/conventions.md lists every place
+_C.MODEL.LEGACY_PLUS_ONE = False
+
 _C.MODEL.BACKBONE = CN()
 # R-{18,34,50,101,152}[vd]-{C4,C5,FPN,FPN-RETINANET} or HRNet-W{18,30,32,40,48}-FPN; vd: PaddleX's ResNet_vd
 _C.MODEL.BACKBONE.CONV_BODY = "R-50-C4"
@@ -136,8 +140,11 @@ _C.MODEL.RPN.ANCHOR_SIZES = (32, 64, 128, 256, 512)
 _C.MODEL.RPN.ANCHOR_STRIDE = (16,)
 # Height : width
 _C.MODEL.RPN.ASPECT_RATIOS = (0.5, 1.0, 2.0)
-# (+) none: exact floats (detectron2). corners: rounded to whole pixels (torchvision)
+# (+) none: exact floats (detectron2). corners: rounded to whole pixels (torchvision). stride: sides rounded for an
+# anchor of the stride's size, then multiplied (upstream)
 _C.MODEL.RPN.ANCHOR_ROUNDING = "none"
+# (+) Where in a cell of the grid its anchors have their centre, in strides: 0 the corner, 0.5 the middle (upstream)
+_C.MODEL.RPN.ANCHOR_OFFSET = 0.0
 # (+) grid: strides from ANCHOR_STRIDE. image: padded image side // map side (torchvision)
 _C.MODEL.RPN.ANCHOR_GRID = "grid"
 # Anchors further outside the image than this take no part in the loss; -1 keeps all
@@ -165,6 +172,9 @@ _C.MODEL.RPN.FPN_POST_NMS_PER_BATCH = True
 _C.MODEL.RPN.SMOOTH_L1_BETA = 1.0 / 9
 # (+) sampled: losses over the anchors sampled. batch: over BATCH_SIZE_PER_IMAGE x images (detectron2)
 _C.MODEL.RPN.LOSS_NORMALIZER = "sampled"
+# (+) The best anchors are chosen by their logit or, as upstream does, by their probability, in which float32 makes
+# large logits equal
+_C.MODEL.RPN.RANK_BY = "logit"
 # (+) Channels of the RPN's 3x3 convolution; 0 for as many as it reads
 _C.MODEL.RPN.CONV_DIM = 0
 
@@ -230,6 +240,8 @@ _C.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS = False
 _C.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD = 0.5
 # (+) Targets from bitmaps: unaligned RoIAlign's soft values (torchvision) or aligned and cut at .5 (detectron2)
 _C.MODEL.ROI_MASK_HEAD.SOFT_BITMAP_TARGETS = False
+# (+) Masks are pasted into boxes with corners cut to whole pixels (upstream, torchvision) or as they are (detectron2)
+_C.MODEL.ROI_MASK_HEAD.PASTE_WHOLE_PIXELS = False
 
 _C.MODEL.ROI_KEYPOINT_HEAD = CN()
 _C.MODEL.ROI_KEYPOINT_HEAD.FEATURE_EXTRACTOR = "KeypointRCNNFeatureExtractor"
@@ -239,8 +251,6 @@ _C.MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO = 0
 _C.MODEL.ROI_KEYPOINT_HEAD.POOLER_SCALES = (1.0 / 16,)
 # (+) as for the box head
 _C.MODEL.ROI_KEYPOINT_HEAD.POOLER_ALIGNED = True
-# Upstream's key, which says nothing here: the head is convolutional
-_C.MODEL.ROI_KEYPOINT_HEAD.MLP_HEAD_DIM = 1024
 # Channels of the 3x3 convolutions
 _C.MODEL.ROI_KEYPOINT_HEAD.CONV_LAYERS = (512,) * 8
 # Side of the predicted heat map: four times POOLER_RESOLUTION
@@ -263,6 +273,12 @@ _C.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
 _C.INPUT.MAX_SIZE_TRAIN = 1333
 _C.INPUT.MIN_SIZE_TEST = 800
 _C.INPUT.MAX_SIZE_TEST = 1333
+# (+) nearest: both sides of a resized image are rounded (detectron2). down: the short side is exact, the long one cut
+# to a whole number (upstream)
+_C.INPUT.RESIZE_ROUNDING = "nearest"
+# (+) opencv: area average when shrinking, bilinear when enlarging. pillow: its antialiased bilinear filter (upstream,
+# detectron2), slower
+_C.INPUT.RESIZE_BY = "opencv"
 # Mean and standard deviation, in the channel order and range that TO_BGR255 says. As many as the model reads channels:
 # 3, or others through the Python interface (docs/models.md)
 _C.INPUT.PIXEL_MEAN = [102.9801, 115.9465, 122.7717]

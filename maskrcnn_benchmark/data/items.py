@@ -194,8 +194,8 @@ class ItemDataset:
         if len(labels) and not 1 <= labels.min() <= labels.max() < self.num_classes:
             raise DataError(
                 f"{where} has labels {labels.min()}..{labels.max()}, but must have 1..{self.num_classes - 1} (0 is the"
-                " background): set MODEL.ROI_BOX_HEAD.NUM_CLASSES to the number of classes and one, or give the data"
-                " set a list `classes` of their names"
+                " background): set NUM_CLASSES of MODEL.ROI_BOX_HEAD (RetinaNet: MODEL.RETINANET) to their number and"
+                " one, or give the data set a list `classes` of their names"
             )
         return boxes, labels
 

@@ -24,7 +24,7 @@ from ..report.console import progress
 from ..report.visualize import draw_results, side_by_side
 from . import distributed, scoring
 from .checkpoint import write_atomically
-from .views import detect, view_configs
+from .views import detect, results_options, view_configs
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +40,13 @@ def infer(cfg: CfgNode, device: Device, model: nn.Module, dataset: CocoDataset) 
     configs, mirrored = zip(*view_configs(cfg))
     ranks = distributed.rank(), distributed.world_size()
     loaders = [test_loader(view, dataset, device, *ranks) for view in configs]
-    threshold = cfg.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD
+    options = results_options(cfg)
     results, seen = [], []
     for loaded in progress(zip(*loaders), len(loaders[0]), "inference"):
         views = [images for images, _ in loaded]
         with device.autocast(getattr(torch, cfg.DTYPE)):
             detections = detect(model, views, mirrored)
-        results.append(detections_to_results(detections.to("cpu"), views[0], dataset.category_ids, threshold))
+        results.append(detections_to_results(detections.to("cpu"), views[0], dataset.category_ids, **options))
         seen += views[0].image_ids
     model.train(was_training)
     shards = distributed.gather((results, seen))

@@ -25,7 +25,7 @@ from ..errors import DataError
 from ..evaluation.results import detections_to_results
 from ..models.build import build_model
 from . import checkpoint
-from .views import detect, view_configs
+from .views import detect, results_options, view_configs
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +170,6 @@ def _detect(predictor: Predictor, pictures: list[np.ndarray]) -> list[list[dict[
         views.append(images.to(device.torch_device))
     with device.autocast(getattr(torch, cfg.DTYPE)):
         detections = detect(predictor.model, views, mirrored)
-    threshold = cfg.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD
-    results = detections_to_results(detections.to("cpu"), views[0], predictor.category_ids, threshold).to_list()
+    options = results_options(cfg)
+    results = detections_to_results(detections.to("cpu"), views[0], predictor.category_ids, **options).to_list()
     return [[result for result in results if result["image_id"] == i] for i in range(len(pictures))]

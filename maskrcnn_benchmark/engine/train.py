@@ -47,6 +47,7 @@ METRICS = {
     "box_proposal": ("AR@1000", "AR@100"),
     "bbox": ("AP", "AP50", "AP75"),
     "segm": ("AP", "AP50", "AP75"),
+    "keypoints": ("AP", "AP50", "AP75"),
 }
 
 
@@ -237,8 +238,8 @@ def record(run: Run, done: int, scores: dict[str, Any], content: dict[str, Any] 
 def reached_target(run: Run) -> bool:
     """MLPERF's targets, when they are set, against the last evaluation."""
     target = {"bbox": run.cfg.MLPERF.MIN_BBOX_MAP, "segm": run.cfg.MLPERF.MIN_SEGM_MAP}
-    tasks = _tasks(run)
-    return bool(tasks) and all(0 < target.get(task, 0.0) <= (run.scores[task]["AP"] or 0.0) for task in tasks)
+    tasks = [task for task in _tasks(run) if task in target]
+    return bool(tasks) and all(0 < target[task] <= (run.scores[task]["AP"] or 0.0) for task in tasks)
 
 
 def _tasks(run: Run) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..ops.boxes import rescale
 from ..structures import Detections, ImageBatch
 from .rcnn import RCNN
 from .retinanet import RetinaNet
@@ -30,7 +31,7 @@ def detect(model: RCNN | RetinaNet, views: list[tuple[ImageBatch, bool]]) -> Det
         features, padded = model.features(shown)
         boxes, *rest = model.candidates(features, padded, images.sizes)
         boxes = _mirror_boxes(boxes, images.sizes) if flipped else boxes
-        parts.append((boxes * scale, *rest))
+        parts.append((rescale(boxes, scale, model.plus_one), *rest))
         seen.append((features, images.sizes, scale, flipped))
     joined = [torch.cat(tensors, 1) for tensors in zip(*parts)]
     detections = model.select(*joined)
@@ -39,7 +40,7 @@ def detect(model: RCNN | RetinaNet, views: list[tuple[ImageBatch, bool]]) -> Det
         return detections
     total = 0.0
     for features, sizes, scale, flipped in seen:
-        boxes = detections.boxes / scale
+        boxes = rescale(detections.boxes, 1 / scale, model.plus_one)
         boxes = _mirror_boxes(boxes, sizes) if flipped else boxes
         masks = mask_head.detect(features, replace(detections, boxes=boxes)).masks
         total = total + (masks.flip(-1) if flipped else masks)

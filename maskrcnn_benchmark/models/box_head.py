@@ -117,6 +117,7 @@ class BoxHead(nn.Module):
     """Pool, extract, predict; then losses or detections.
 
     reg_weights: the box coder's weights of dx, dy, dw, dh.
+    plus_one: maskrcnn-benchmark's arithmetic: a box keeps one pixel of the image.
     compact: drop padded rows (structures.flatten_valid).
     """
 
@@ -134,6 +135,7 @@ class BoxHead(nn.Module):
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         detections_per_image: int = 100,
+        plus_one: bool = False,
         compact: bool = False,
     ) -> None:
         super().__init__()
@@ -146,6 +148,7 @@ class BoxHead(nn.Module):
         self.smooth_l1_beta = smooth_l1_beta
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.detections_per_image = detections_per_image
+        self.plus_one = plus_one
         self.compact = compact
 
     def forward(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,7 +212,8 @@ class BoxHead(nn.Module):
         decoded = box_coder.decode(delta, box[:, None], self.reg_weights).expand(-1, score.shape[1], -1)
         shape = proposals.valid.shape
         score = unflatten(rows, score, shape).flatten(1)
-        decoded = boxes.clip(unflatten(rows, decoded, shape).flatten(1, 2), sizes)
+        decoded = unflatten(rows, decoded, shape).flatten(1, 2)
+        decoded = boxes.clip(decoded, sizes, least_side=1.0 if self.plus_one else 0.0)
         group = torch.arange(logits.shape[1] - 1, device=score.device).repeat(shape[1]).expand(shape[0], -1)
         return decoded, score, group, (score > self.score_threshold) & decoded.isfinite().all(-1)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from torch import nn
 from yacs.config import CfgNode
 
 from ..config.conv_body import parse
+from ..config.legacy import describe_conventions
 from ..device import Device
 from ..errors import ConfigError
 from .anchors import AnchorGenerator, octave_sizes
@@ -23,9 +25,12 @@ from .retinanet import RetinaNet, RetinaNetHead
 from .roi_pool import RoIPool
 from .rpn import RPN, RPNHead
 
+logger = logging.getLogger(__name__)
+
 
 def build_model(cfg: CfgNode, device: Device) -> RCNN | RetinaNet:
     """The detector that `cfg` describes, with fresh weights, on the device."""
+    logger.info(describe_conventions(cfg))
     build = build_retinanet if cfg.MODEL.RETINANET_ON else build_rcnn
     return build(cfg, device).to(device.torch_device)
 
@@ -47,7 +52,9 @@ def build_rcnn(cfg: CfgNode, device: Device) -> RCNN:
 def build_retinanet(cfg: CfgNode, device: Device) -> RetinaNet:
     (backbone, channels), keys, rpn = build_backbone(cfg), cfg.MODEL.RETINANET, cfg.MODEL.RPN
     sizes = octave_sizes(keys.ANCHOR_SIZES, keys.OCTAVE, keys.SCALES_PER_OCTAVE, keys.WHOLE_ANCHOR_SIZES)
-    anchors = AnchorGenerator(sizes, keys.ASPECT_RATIOS, keys.ANCHOR_STRIDES, rpn.ANCHOR_ROUNDING, rpn.ANCHOR_GRID)
+    anchors = AnchorGenerator(
+        sizes, keys.ASPECT_RATIOS, keys.ANCHOR_STRIDES, rpn.ANCHOR_ROUNDING, rpn.ANCHOR_GRID, rpn.ANCHOR_OFFSET
+    )
     classes = keys.NUM_CLASSES if keys.BACKGROUND_CHANNEL else keys.NUM_CLASSES - 1
     return RetinaNet(
         normalize=build_normalize(cfg),
@@ -69,6 +76,7 @@ def build_retinanet(cfg: CfgNode, device: Device) -> RetinaNet:
         nms_threshold=keys.NMS_TH,
         clip_before_nms=keys.CLIP_BEFORE_NMS,
         detections_per_image=cfg.TEST.DETECTIONS_PER_IMG,
+        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
         channels_last=device.channels_last,
     )
 
@@ -152,7 +160,9 @@ def build_backbone(cfg: CfgNode) -> tuple[nn.Sequential, int]:
 def build_rpn(cfg: CfgNode, channels: int) -> RPN:
     rpn = cfg.MODEL.RPN
     sizes = tuple((size,) for size in rpn.ANCHOR_SIZES) if rpn.USE_FPN else (tuple(rpn.ANCHOR_SIZES),)
-    anchors = AnchorGenerator(sizes, rpn.ASPECT_RATIOS, rpn.ANCHOR_STRIDE, rpn.ANCHOR_ROUNDING, rpn.ANCHOR_GRID)
+    anchors = AnchorGenerator(
+        sizes, rpn.ASPECT_RATIOS, rpn.ANCHOR_STRIDE, rpn.ANCHOR_ROUNDING, rpn.ANCHOR_GRID, rpn.ANCHOR_OFFSET
+    )
     post = "FPN_POST_NMS_TOP_N" if rpn.USE_FPN else "POST_NMS_TOP_N"
     return RPN(
         head=RPNHead(channels, anchors.per_position, rpn.CONV_DIM),
@@ -169,11 +179,14 @@ def build_rpn(cfg: CfgNode, channels: int) -> RPN:
         straddle=rpn.STRADDLE_THRESH,
         smooth_l1_beta=rpn.SMOOTH_L1_BETA,
         loss_normalizer=rpn.LOSS_NORMALIZER,
+        rank_by=rpn.RANK_BY,
+        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
     )
 
 
-def build_pool(head: CfgNode) -> RoIPool:
-    return RoIPool(head.POOLER_SCALES, head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO, head.POOLER_ALIGNED)
+def build_pool(head: CfgNode, plus_one: bool) -> RoIPool:
+    sampling_ratio, aligned = head.POOLER_SAMPLING_RATIO, head.POOLER_ALIGNED
+    return RoIPool(head.POOLER_SCALES, head.POOLER_RESOLUTION, sampling_ratio, aligned, plus_one)
 
 
 def build_box_extractor(cfg: CfgNode, channels: int) -> nn.Module:
@@ -196,7 +209,7 @@ def build_box_head(cfg: CfgNode, channels: int, compact: bool) -> BoxHead:
     heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
     extractor = build_box_extractor(cfg, channels)
     return BoxHead(
-        pool=build_pool(box),
+        pool=build_pool(box, cfg.MODEL.LEGACY_PLUS_ONE),
         feature_extractor=extractor,
         predictor=BoxPredictor(extractor.out_channels, box.NUM_CLASSES, cfg.MODEL.CLS_AGNOSTIC_BBOX_REG),
         reg_weights=tuple(heads.BBOX_REG_WEIGHTS),
@@ -208,6 +221,7 @@ def build_box_head(cfg: CfgNode, channels: int, compact: bool) -> BoxHead:
         score_threshold=heads.SCORE_THRESH,
         nms_threshold=heads.NMS,
         detections_per_image=heads.DETECTIONS_PER_IMG,
+        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
         compact=compact,
     )
 
@@ -220,12 +234,13 @@ def build_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact: boo
         norm = build_norm(cfg, "GN") if mask.USE_GN else None
         extractor = ConvFeatureExtractor(channels, tuple(mask.CONV_LAYERS), norm, mask.DILATION)
     return MaskHead(
-        pool=build_pool(mask),
+        pool=build_pool(mask, cfg.MODEL.LEGACY_PLUS_ONE),
         feature_extractor=extractor,
         predictor=MaskPredictor(extractor.out_channels, mask.CONV_LAYERS[-1], cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES),
         share_features=mask.SHARE_BOX_FEATURE_EXTRACTOR,
         soft_bitmap_targets=mask.SOFT_BITMAP_TARGETS,
         positives_per_image=int(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION),
+        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
         compact=compact,
     )
 
@@ -234,10 +249,11 @@ def build_keypoint_head(cfg: CfgNode, channels: int, compact: bool) -> KeypointH
     heads, keypoint = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_KEYPOINT_HEAD
     extractor = KeypointFeatureExtractor(channels, tuple(keypoint.CONV_LAYERS))
     return KeypointHead(
-        pool=build_pool(keypoint),
+        pool=build_pool(keypoint, cfg.MODEL.LEGACY_PLUS_ONE),
         feature_extractor=extractor,
         predictor=KeypointPredictor(extractor.out_channels, keypoint.NUM_CLASSES),
         positives=keypoint.POSITIVES,
         positives_per_image=int(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION),
+        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
         compact=compact,
     )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import boxes as box_ops
 from ..ops.heatmaps import find_peaks
 from ..structures import Detections, Targets, flatten_valid
 from .box_head import SampledRoIs, image_index_of, unflatten
@@ -50,6 +51,7 @@ class KeypointHead(nn.Module):
     positives: which of them the loss looks at. "object": those whose object has a visible point in its own box
         (maskrcnn-benchmark); "proposal": those with one of its visible points in the proposal (detectron2); "all"
         (torchvision). The mean is over the visible points in the proposals, so "proposal" and "all" are the same loss.
+    plus_one: maskrcnn-benchmark's arithmetic: heat maps reach from a box's first pixel to its last one.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class KeypointHead(nn.Module):
         predictor: KeypointPredictor,
         positives: str = "object",
         positives_per_image: int = 128,
+        plus_one: bool = False,
         compact: bool = False,
     ) -> None:
         super().__init__()
@@ -67,11 +70,16 @@ class KeypointHead(nn.Module):
         self.predictor = predictor
         self.positives = positives
         self.positives_per_image = positives_per_image
+        self.plus_one = plus_one
         self.compact = compact
 
     def forward(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
         """boxes [R, 4] -> logits [R, K, M, M]."""
         return self.predictor(self.feature_extractor(self.pool(features, boxes, image_index)))
+
+    def _extent(self, boxes: Tensor) -> Tensor:
+        """What the heat maps of the boxes cover."""
+        return box_ops.to_inclusive(boxes) if self.plus_one else boxes
 
     def losses(self, features: list[Tensor], chosen: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
         """Cross entropy over the cells of the heat map, mean over the visible keypoints that lie in their proposals."""
@@ -81,10 +89,10 @@ class KeypointHead(nn.Module):
         points = targets.keypoints[image, chosen.matched[:, first]]
         if self.positives != "all":
             around = owner if self.positives == "object" else box
-            positive = positive & visible_within(points, around).any(-1)
+            positive = positive & visible_within(points, self._extent(around)).any(-1)
         _, weight, (box, image, points) = flatten_valid(positive, (box, image, points), self.compact)
         logits = self(features, box, image).float().flatten(2)
-        cell, valid = heatmap_cells(points, box, round(logits.shape[2] ** 0.5))
+        cell, valid = heatmap_cells(points, self._extent(box), round(logits.shape[2] ** 0.5))
         valid = valid * weight[:, None]
         loss = F.cross_entropy(logits.flatten(0, 1), cell.flatten(), reduction="none").view_as(valid)
         return {"loss_kp": (loss * valid).sum() / valid.sum().clamp(min=1)}
@@ -94,7 +102,7 @@ class KeypointHead(nn.Module):
         fields = (detections.boxes, image_index_of(detections.valid))
         rows, _, (box, image) = flatten_valid(detections.valid, fields, self.compact)
         logits = self(features, box, image).float()
-        points, peak = find_peaks(logits, box)
+        points, peak = find_peaks(logits, self._extent(box))
         score = (peak - logits.flatten(2).logsumexp(-1)).exp()
         keypoints = torch.cat((points, score[..., None]), -1)
         detections.keypoints = unflatten(rows, keypoints, detections.valid.shape)

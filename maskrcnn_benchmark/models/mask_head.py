@@ -70,6 +70,7 @@ class MaskHead(nn.Module):
     feature_extractor: the box head's own when `share_features` (C4): then the losses read the features that the box
     head made.
     soft_bitmap_targets: targets from bitmaps keep their fractions (torchvision).
+    plus_one: targets are cropped by maskrcnn-benchmark's arithmetic.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class MaskHead(nn.Module):
         share_features: bool = False,
         soft_bitmap_targets: bool = False,
         positives_per_image: int = 128,
+        plus_one: bool = False,
         compact: bool = False,
     ) -> None:
         super().__init__()
@@ -89,6 +91,7 @@ class MaskHead(nn.Module):
         self.share_features = share_features
         self.soft_bitmap_targets = soft_bitmap_targets
         self.positives_per_image = positives_per_image
+        self.plus_one = plus_one
         self.compact = compact
 
     def forward(self, features: list[Tensor], boxes: Tensor, image_index: Tensor, label: Tensor) -> Tensor:
@@ -120,8 +123,10 @@ class MaskHead(nn.Module):
         """[R, size, size] float32: the masks of `instance` [R] within `boxes` [R, 4]."""
         if isinstance(truth, PolygonBatch):
             packed = (truth.points, truth.polygon_offsets, truth.instance_offsets)
-            return masks.polygon_targets(*packed, instance, boxes, size)
-        return masks.bitmap_targets(truth.bitmaps.flatten(0, 1), instance, boxes, size, self.soft_bitmap_targets)
+            crop = masks.inclusive_crop(boxes) if self.plus_one else boxes
+            return masks.polygon_targets(*packed, instance, crop, size)
+        draw = masks.bitmap_targets_whole_pixels if self.plus_one else masks.bitmap_targets
+        return draw(truth.bitmaps.flatten(0, 1), instance, boxes, size, self.soft_bitmap_targets)
 
     def detect(self, features: list[Tensor], detections: Detections) -> Detections:
         """`detections` with masks [B, D, M, M], probabilities of each one's class."""

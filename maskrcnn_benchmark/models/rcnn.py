@@ -92,6 +92,11 @@ class RCNN(Detector):
         return dict(self.roi_heads.items()).get("mask")
 
     @property
+    def plus_one(self) -> bool:
+        """Whether boxes are by maskrcnn-benchmark's arithmetic."""
+        return self.rpn.plus_one
+
+    @property
     def heads_after_box(self) -> list[MaskHead | KeypointHead]:
         """Those that look at the proposals chosen by the box head, or at its detections."""
         return [head for name, head in self.roi_heads.items() if name != "box"]

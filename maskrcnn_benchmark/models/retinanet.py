@@ -61,6 +61,8 @@ class RetinaNet(Detector):
     box_loss_divisor: divides the box loss once more.
     smooth_l1_beta: where the box loss bends; 0 is L1.
     pre_nms: the best pairs of anchor and class that each level hands on to NMS.
+    plus_one: maskrcnn-benchmark's arithmetic: a box keeps one pixel of the image, and `straddle` counts from an
+        anchor's last pixel.
     clip_before_nms: boxes are cut to the image before NMS, or after it, when those without area go (detectron2).
     """
 
@@ -87,6 +89,7 @@ class RetinaNet(Detector):
         nms_threshold: float = 0.4,
         clip_before_nms: bool = True,
         detections_per_image: int = 100,
+        plus_one: bool = False,
         channels_last: bool = False,
     ) -> None:
         super().__init__(normalize, backbone)
@@ -101,6 +104,7 @@ class RetinaNet(Detector):
         self.smooth_l1_beta = smooth_l1_beta
         self.pre_nms, self.score_threshold, self.nms_threshold = pre_nms, score_threshold, nms_threshold
         self.clip_before_nms, self.detections_per_image = clip_before_nms, detections_per_image
+        self.plus_one = plus_one
         if loss_normalizer == "moving_average":
             self.register_buffer("positives_average", torch.tensor(self.AVERAGE_START))
         self.set_memory_format(channels_last)
@@ -132,7 +136,8 @@ class RetinaNet(Detector):
                 targets.boxes, targets.valid, anchors, self.foreground_iou, self.background_iou, True
             )
             if self.straddle >= 0:
-                label = torch.where(inside(anchors, sizes, self.straddle), label, -1)
+                corners = boxes.to_inclusive(anchors) if self.plus_one else anchors
+                label = torch.where(inside(corners, sizes, self.straddle), label, -1)
             positive = label == 1
             classes = targets.labels.gather(1, matched) + int(self.background_channel)
             classes = torch.where(positive, classes, label.long())
@@ -183,7 +188,7 @@ class RetinaNet(Detector):
             found.append((box, logit.float().sigmoid(), index % self.classes))
         box, score, group = (torch.cat(tensors, 1) for tensors in zip(*found))
         if self.clip_before_nms:
-            box = boxes.clip(box, sizes)
+            box = boxes.clip(box, sizes, least_side=1.0 if self.plus_one else 0.0)
         return box, score, group, (score > self.score_threshold) & box.isfinite().all(-1)
 
     def select(self, boxes: Tensor, score: Tensor, group: Tensor, candidate: Tensor) -> Detections:
