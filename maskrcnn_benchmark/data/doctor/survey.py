@@ -81,7 +81,7 @@ class Entries:
 
 @dataclass
 class Survey:
-    """A data set to be checked. N images, A annotations (rows of the packer), 
+    """A data set to be checked. N images, A annotations (rows of the packer).
 
     name: as DATASETS.TRAIN takes it; annotation_file: for messages.
     stated: [N, 2] int64 (height, width) as the entries say, 0 where they say none; sizes: the same, the file's own
@@ -186,10 +186,10 @@ def _area(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1)
 
 
-def repeated_objects(survey: Survey) -> np.ndarray:
-    """Rows of usable objects that have image, category, crowd flag and box of an earlier one."""
-    rows = np.flatnonzero(survey.usable)
-    keys = np.column_stack([survey.image_of, survey.label_of, survey.crowds, survey.boxes])[rows]
+def repeated_objects(survey: Survey, usable: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Rows among the usable [A] bool that have image, category, crowd flag and box [A, 4] of an earlier one."""
+    rows = np.flatnonzero(usable)
+    keys = np.column_stack([survey.image_of, survey.label_of, survey.crowds, boxes])[rows]
     order = np.lexsort(keys.T)  # stable: the earlier of two comes first
     same = (np.diff(keys[order], axis=0) == 0).all(axis=1)
     return np.sort(rows[order[1:][same]])
