@@ -594,7 +594,7 @@ def entry_problem(key: str, number: int, entry: dict) -> str:
 def size_problem(image: dict) -> str:
     """What is wrong with the size that an image's entry states; empty where it can be."""
     size = (image.get("height"), image.get("width"))
-    if all(type(side) is int and side > 0 for side in size):
+    if all(type(side) is int and 0 < side < 2**31 for side in size):
         return ""
     return f"image id {image['id']}: height and width must be whole numbers, not {size}"
 

@@ -96,9 +96,7 @@ def picture_of(offender: Offender, survey: Survey) -> np.ndarray:
     path, size = survey.path(offender.index), tuple(survey.sizes[offender.index].tolist())
     try:
         image = read_image(path, size)
-    except DataError:
-        if survey.facts is None or survey.facts[offender.index].problem:
-            raise
+    except DataError:  # of another size, or it is damaged: then this raises again
         image = read_image(path)
     if offender.row is None:
         rows = np.flatnonzero(survey.usable & (survey.image_of == offender.index))[:MOST_DRAWN]
@@ -121,7 +119,7 @@ def _drawn(image: np.ndarray, survey: Survey, rows: np.ndarray, boxes: np.ndarra
     limits = (canvas.shape[1], canvas.shape[0]) * 2
     placed = ((boxes + np.array([left, top, left, top])) * scale).clip(0, limits)
     masks = [_mask(survey, row, canvas.shape[:2], (left, top), scale) for row in rows.tolist()]
-    names = [survey.category_names[survey.label_of[row]] for row in rows.tolist()]
+    names = [survey.class_of(row) for row in rows.tolist()]
     picture = draw(canvas, placed, names, masks=masks, colors=[color] * len(rows))
     for x1, y1, x2, y2 in placed.tolist():
         if min(x2 - x1, y2 - y1) < 6:  # too small to be seen

@@ -60,7 +60,7 @@ def problems(survey: Survey, setting: Setting) -> Iterator[Finding]:
 
 
 def repeated(survey: Survey, setting: Setting) -> Iterator[Finding]:
-    rows = repeated_objects(survey)
+    rows = repeated_objects(survey, survey.usable, survey.clipped)
     if len(rows):
         training = "learns from each of them; in an evaluation one detection can match but one, and the rest is missed"
         yield Finding(

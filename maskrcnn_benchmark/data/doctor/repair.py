@@ -68,12 +68,12 @@ class _Plan:
             place for key, place, *_ in (*entries.malformed, *entries.repeated) if key == "categories"
         }
         kept = survey.usable & (readable[survey.image_of] if len(readable) else False)
-        kept[repeated_objects(survey)] = False
         rows, around = beside_mask(survey)
         lost = (around[:, 2:] <= around[:, :2]).any(axis=1)
         kept[rows[lost]] = False  # what can be seen is in the box, and drawn elsewhere
         self.boxes = survey.clipped.copy()
         self.boxes[rows] = around
+        kept[repeated_objects(survey, kept, self.boxes)] = False
         self.row_at = {entries.annotation_places[row]: row for row in np.flatnonzero(kept).tolist()}
         self.new_ids = _new_ids(survey.ids, kept)
 

@@ -81,13 +81,14 @@ class Entries:
 
 @dataclass
 class Survey:
-    """A data set to be checked. N images, A annotations (rows of the packer), labels as CocoDataset's.
+    """A data set to be checked. N images, A annotations (rows of the packer).
 
     name: as DATASETS.TRAIN takes it; annotation_file: for messages.
     stated: [N, 2] int64 (height, width) as the entries say, 0 where they say none; sizes: the same, the file's own
     where the stated one cannot be, UNKNOWN_SIDE where nothing is known.
     missing: [N] bool, no such file. facts: of each image's file; None where files were not read.
-    image_of, label_of: [A] int64, -1 where the id leads nowhere. boxes: [A, 4] float64 xyxy, not clipped.
+    image_of, label_of: [A] int64 places in images and category_ids, -1 where the id leads nowhere.
+    boxes: [A, 4] float64 xyxy, not clipped.
     usable: [A] bool, what training keeps; problems: kind (a key of coco.PROBLEMS) -> rows.
     """
 
@@ -125,6 +126,11 @@ class Survey:
 
     def path(self, index: int) -> str:
         return os.path.join(self.source.image_dir, self.entries.images[index]["file_name"])
+
+    def class_of(self, row: int) -> str:
+        """The name of an annotation's class, or the id that has none."""
+        label = int(self.label_of[row])
+        return self.category_names[label] if label >= 0 else f"category id {self.entries.packer.categories[row]}"
 
     def counts(self) -> np.ndarray:
         """[N] objects of each image."""
@@ -180,10 +186,10 @@ def _area(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1)
 
 
-def repeated_objects(survey: Survey) -> np.ndarray:
-    """Rows of usable objects that have image, category, crowd flag and box of an earlier one."""
-    rows = np.flatnonzero(survey.usable)
-    keys = np.column_stack([survey.image_of, survey.label_of, survey.crowds, survey.boxes])[rows]
+def repeated_objects(survey: Survey, usable: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Rows among the usable [A] bool that have image, category, crowd flag and box [A, 4] of an earlier one."""
+    rows = np.flatnonzero(usable)
+    keys = np.column_stack([survey.image_of, survey.label_of, survey.crowds, boxes])[rows]
     order = np.lexsort(keys.T)  # stable: the earlier of two comes first
     same = (np.diff(keys[order], axis=0) == 0).all(axis=1)
     return np.sort(rows[order[1:][same]])
