@@ -114,6 +114,7 @@ def open_datasets(
         if not parts[-1]:
             raise DataError(f"no image of {name} is in the part asked for: it has {len(datasets[-1])}")
         check_same_categories(datasets[0], datasets[-1])
+        check_same_keypoints(datasets[0], datasets[-1])
     if len(datasets) == 1 and len(parts[0]) == len(datasets[0]):
         return datasets[0]
     return JoinedDataset(datasets, parts)
@@ -186,6 +187,10 @@ def check_same_categories(first: AnyDataset, second: AnyDataset) -> None:
             f" id {i}: {ours.get(i, 'missing')!r} there, {theirs.get(i, 'missing')!r} here; where a file just lacks a"
             " class, formats that find their classes take all by ?classes=NAME,NAME,..."
         )
+
+
+def check_same_keypoints(first: AnyDataset, second: AnyDataset) -> None:
+    """Raises DataError when keypoints would mean different places in two data sets."""
     ours, theirs = (dataset.skeleton.names if dataset.skeleton else () for dataset in (first, second))
     if ours != theirs:
         raise DataError(
