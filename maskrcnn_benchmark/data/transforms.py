@@ -48,13 +48,13 @@ class Compose:
     def __init__(self, transforms: Sequence[Transform | Mapping[str, Any]]) -> None:
         self.transforms = tuple(build(transform) for transform in transforms)
 
-    def __call__(self, sample: Sample, rng: np.random.Generator, draw: Draw | None = None) -> Sample:
-        """draw: gives another image of the data set, for the transforms that mix two."""
+    def __call__(self, sample: Sample, rng: np.random.Generator, draw: Draw | None = None, epoch: int = 0) -> Sample:
+        """draw: gives another image of the data set, for transforms that mix two; epoch: from 0, for those that end."""
         for transform in self.transforms:
             if not isinstance(transform, Mixing):
                 sample = transform(sample, rng)
             elif draw is not None:
-                sample = transform(sample, rng, draw)
+                sample = transform(sample, rng, draw, epoch)
             else:
                 raise ConfigError(
                     f"{type(transform).__name__} mixes images of a data set, and here is none: leave it out"

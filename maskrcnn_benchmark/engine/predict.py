@@ -35,13 +35,15 @@ VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 
 @dataclass
 class Predictor:
-    """A trained model and what its numbers mean. category_names: category id -> name."""
+    """A trained model and what its numbers mean. category_names: category id -> name; limbs: pairs of keypoints that a
+    drawing joins."""
 
     cfg: CfgNode
     device: Device
     model: nn.Module
     category_ids: list[int]
     category_names: dict[int, str]
+    limbs: list[list[int]]
 
 
 @dataclass
@@ -74,7 +76,8 @@ def load_predictor(weights: Path, device: Device) -> Predictor:
     model = build_model(cfg, device)
     checkpoint.load_model(model, content, weights)
     names = dict(zip(content["category_ids"], content["category_names"]))
-    return Predictor(cfg, device, model.eval(), content["category_ids"], names)
+    limbs = content.get("keypoint_limbs", [])  # checkpoints of before there were keypoints have none
+    return Predictor(cfg, device, model.eval(), content["category_ids"], names, limbs)
 
 
 def find_inputs(inputs: Sequence[str]) -> list[Path]:

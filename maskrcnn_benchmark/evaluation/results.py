@@ -21,7 +21,8 @@ class Results:
 
     image_ids, category_ids: [N] int64, the data set's. scores: [N] float64. boxes: [N, 4] float64 x, y, width, height.
     masks: N compressed RLEs, `counts` alone; sizes: [N, 2] int64 (height, width) of their images; areas: [N] float64,
-    pixels of each mask. keypoints: [N, K, 3] float64 x, y, visibility. None for what there is not.
+    pixels of each mask. keypoints: [N, K, 3] float64 x, y and score; in files of truth the visibility. None
+    for what there is not.
     """
 
     image_ids: np.ndarray
@@ -91,13 +92,14 @@ def detections_to_results(
     """A model's detections in pixels of the original images. Waits for the device.
 
     category_ids: of label l the data set's id is `category_ids[l - 1]`. threshold: pixels whose probability is not
-    below it belong to the mask. Boxes are scaled along each axis by itself, and clipped to the image. Masks become RLEs
-    image by image, so that no batch of full-size masks is ever held.
+    below it belong to the mask. Boxes are scaled along each axis by itself, and clipped to the image; keypoints are
+    scaled likewise. Masks become RLEs image by image, so that no batch of full-size masks is ever held. Detections of
+    the background, which a RetinaNet with a channel for it can make, are left out.
 
     plus_one: the positions of a box's first and last pixel are scaled, as maskrcnn-benchmark does, without a clip.
     paste_whole_pixels: masks are pasted by `whole_pixel_boxes`; a probability equal to the threshold is then outside.
     """
-    valid = detections.valid.cpu().numpy()
+    valid = (detections.valid & (detections.labels > 0)).cpu().numpy()
     row = np.nonzero(valid)[0]
     original = np.array(images.original_sizes, np.int64).reshape(-1, 2)
     scale = (original / images.sizes.cpu().numpy())[row][:, [1, 0, 1, 0]]
@@ -112,6 +114,10 @@ def detections_to_results(
         scores=detections.scores.cpu().numpy()[valid].astype(np.float64),
         boxes=np.concatenate([whole[:, :2], whole[:, 2:] - whole[:, :2]], axis=1),
     )
+    if detections.keypoints is not None:
+        points = detections.keypoints.cpu().numpy()[valid].astype(np.float64)
+        points[..., :2] *= scale[:, None, :2]
+        results.keypoints = points
     if detections.masks is not None:
         boxes, ends = torch.from_numpy(whole.astype(np.float32)), np.cumsum(valid.sum(axis=1)).tolist()
         if paste_whole_pixels:

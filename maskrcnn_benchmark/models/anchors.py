@@ -33,6 +33,13 @@ def cell_anchors(
     return anchors.round() if rounding == "corners" else anchors
 
 
+def octave_sizes(sizes: tuple[float, ...], octave: float, steps: int, whole: bool) -> tuple[tuple[float, ...], ...]:
+    """RetinaNet's anchor sizes of each level: `steps` from one size on, each `octave ** (1 / steps)` times the one
+    before. whole: cut to whole pixels (torchvision)."""
+    fine = (tuple(size * octave ** (step / steps) for step in range(steps)) for size in sizes)
+    return tuple(tuple(map(int, level)) if whole else level for level in fine)
+
+
 def grid_anchors(cell: Tensor, height: int, width: int, stride: tuple[float, float]) -> Tensor:
     """[height * width * A, 4]: the cell's anchors at every position of a map, row by row, anchor innermost."""
     y = torch.arange(height, device=cell.device, dtype=torch.float32) * stride[0]
@@ -69,7 +76,7 @@ class AnchorGenerator(nn.Module):
             self.register_buffer(f"cell{level}", cell, persistent=False)  # on the device already when a step needs it
         self.strides = strides
         self.grid = grid
-        self.per_position = len(aspect_ratios) * len(sizes[0])
+        self.per_position, self.ratios = len(aspect_ratios) * len(sizes[0]), len(aspect_ratios)
         self._cache: dict[tuple, list[Tensor]] = {}
 
     def forward(

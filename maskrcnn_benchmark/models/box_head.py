@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,20 @@ from torch import Tensor, nn
 
 from ..ops import box_coder, boxes, matching, nms
 from ..structures import Detections, Proposals, Targets, flatten_valid
-from .layers import Norm, normal_layer
+from .layers import Linear, Norm, conv, normal_layer, with_relu
 from .resnet import make_stage
 from .roi_pool import RoIPool
 from .sampling import sample
+
+
+def linear(in_features: int, out_features: int, norm: Norm | None = None) -> nn.Module:
+    """A fully connected layer; with a norm a Sequential, named as in `layers.conv`."""
+    layer = Linear(in_features, out_features, bias=norm is None)
+    nn.init.kaiming_uniform_(layer.weight, a=1)
+    if norm is not None:
+        return nn.Sequential(layer, norm(out_features))
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class MLPFeatureExtractor(nn.Module):
@@ -21,22 +32,39 @@ class MLPFeatureExtractor(nn.Module):
 
     def __init__(self, in_channels: int, resolution: int, hidden: int = 1024, norm: Norm | None = None) -> None:
         super().__init__()
-        self.fc6 = self._linear(in_channels * resolution**2, hidden, norm)
-        self.fc7 = self._linear(hidden, hidden, norm)
+        self.fc6 = linear(in_channels * resolution**2, hidden, norm)
+        self.fc7 = linear(hidden, hidden, norm)
         self.out_channels = hidden
-
-    @staticmethod
-    def _linear(in_features: int, out_features: int, norm: Norm | None) -> nn.Module:
-        linear = nn.Linear(in_features, out_features, bias=norm is None)
-        nn.init.kaiming_uniform_(linear.weight, a=1)
-        if norm is not None:
-            return nn.Sequential(linear, norm(out_features))
-        nn.init.zeros_(linear.bias)
-        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous().flatten(1)  # fc6's weights count channel, y, x, in all three peers
-        return F.relu_(self.fc7(F.relu_(self.fc6(x))))
+        return with_relu(self.fc7, with_relu(self.fc6, x))
+
+
+class ConvFCFeatureExtractor(nn.Module):
+    """3x3 convolutions (`xconvs`, as many as `channels`) and one fully connected layer (`fc6`) over the pooled map:
+    [R, C, S, S] -> [R, hidden] (Wu and He 2018, section 4.2: 4conv1fc)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        resolution: int,
+        channels: tuple[int, ...],
+        hidden: int = 1024,
+        norm: Norm | None = None,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__()
+        self.xconvs = nn.Sequential()
+        for out_channels in channels:
+            layer = conv(in_channels, out_channels, 3, norm, True, partial(nn.init.normal_, std=0.01), dilation)
+            self.xconvs.extend(layer)
+            in_channels = out_channels
+        self.fc6 = linear(in_channels * resolution**2, hidden, None)
+        self.out_channels = hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        return with_relu(self.fc6, self.xconvs(x).contiguous().flatten(1))
 
 
 class Conv5FeatureExtractor(nn.Module):

@@ -10,7 +10,7 @@ from ..ops import box_coder, boxes, matching, nms
 from ..ops.proposals import WEIGHTS, decode_and_clip
 from ..structures import Proposals, Targets
 from .anchors import AnchorGenerator
-from .layers import Conv2d, normal_layer
+from .layers import Conv2d, normal_layer, with_relu
 from .sampling import sample
 
 
@@ -26,7 +26,7 @@ class RPNHead(nn.Module):
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps [B, C, H, W] -> objectness logits [B, A, H, W] and box deltas [B, 4 * A, H, W], a level each."""
-        hidden = [F.relu_(self.conv(feature)) for feature in features]
+        hidden = [with_relu(self.conv, feature) for feature in features]
         return [self.cls_logits(h) for h in hidden], [self.bbox_pred(h) for h in hidden]
 
 
