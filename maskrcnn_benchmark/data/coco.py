@@ -226,6 +226,11 @@ class CocoDataset:
         for kind, ids in self.warnings.items():
             first = ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
             logger.warning("%s: %d annotations %s (ids %s)", self.annotation_file, len(ids), PROBLEMS[kind], first)
+        used = set(self._objects.labels[self._objects.crowds == 0].unique().tolist())
+        unused = [name for label, name in enumerate(self.category_names, start=1) if label not in used]
+        if self.training and unused:
+            names = _short_list(unused)
+            logger.warning("%s: no object to train on of %d categories: %s", self.annotation_file, len(unused), names)
 
 
 class _Packer:
