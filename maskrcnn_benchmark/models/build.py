@@ -16,7 +16,7 @@ from .anchors import AnchorGenerator, octave_sizes
 from .box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, ConvFCFeatureExtractor, MLPFeatureExtractor
 from .fpn import FPN, HRFPN, LastLevelMaxPool, LastLevelP6P7
 from .hrnet import HRNet
-from .keypoint_head import KeypointFeatureExtractor, KeypointHead, KeypointPredictor
+from .keypoint_head import KeypointHead, KeypointPredictor
 from .layers import DeformConv2d, FrozenBatchNorm2d, Norm, SyncBatchNorm2d, group_norm
 from .mask_head import ConvFeatureExtractor, MaskHead, MaskPredictor
 from .rcnn import RCNN, Normalize
@@ -247,7 +247,7 @@ def build_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact: boo
 
 def build_keypoint_head(cfg: CfgNode, channels: int, compact: bool) -> KeypointHead:
     heads, keypoint = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_KEYPOINT_HEAD
-    extractor = KeypointFeatureExtractor(channels, tuple(keypoint.CONV_LAYERS))
+    extractor = ConvFeatureExtractor(channels, tuple(keypoint.CONV_LAYERS), name="conv_fcn")
     return KeypointHead(
         pool=build_pool(keypoint, cfg.MODEL.LEGACY_PLUS_ONE),
         feature_extractor=extractor,
