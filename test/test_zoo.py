@@ -27,7 +27,8 @@ def test_upstreams_yaml_and_ours_say_the_same(name, tmp_path):
     theirs = flat(get_config(tmp_path / "upstream.yaml"))
     for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
         theirs[key] = list(SPLITS.get(tuple(theirs[key]), theirs[key]))
-    assert flat(get_config(CONFIGS / f"{name}.yaml")) == theirs
+    convention = str(CONFIGS / "conventions" / "maskrcnn_benchmark.yaml")
+    assert flat(get_config(CONFIGS / f"{name}.yaml", ["_BASE_", convention])) == theirs
 
 
 def test_the_table_holds_what_upstream_has():
