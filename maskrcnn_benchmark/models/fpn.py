@@ -19,10 +19,17 @@ class FPN(nn.Module):
             self.add_module(f"fpn_layer{level}", conv(out_channels, out_channels, 3, norm, relu))
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        top = getattr(self, f"fpn_inner{self.levels}")(features[-1])
+        return self.top_down(self.laterals(features))
+
+    def laterals(self, features: list[Tensor]) -> list[Tensor]:
+        """M2..M5: the maps with `out_channels` each."""
+        return [getattr(self, f"fpn_inner{level}")(feature) for level, feature in enumerate(features, start=1)]
+
+    def top_down(self, laterals: list[Tensor]) -> list[Tensor]:
+        top = laterals[-1]
         outputs = [getattr(self, f"fpn_layer{self.levels}")(top)]
         for level in range(self.levels - 1, 0, -1):
-            lateral = getattr(self, f"fpn_inner{level}")(features[level - 1])
+            lateral = laterals[level - 1]
             top = lateral + F.interpolate(top, size=lateral.shape[-2:], mode="nearest")
             outputs.insert(0, getattr(self, f"fpn_layer{level}")(top))
         outputs.append(F.max_pool2d(outputs[-1], kernel_size=1, stride=2))

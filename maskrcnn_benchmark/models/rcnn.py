@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..structures import Detections, ImageBatch, Targets
+from .aug_fpn import AuxiliaryHead
 from .box_head import BoxHead
+from .cascade import CascadeMaskHead
 from .mask_head import MaskHead
 from .rpn import RPN
 
@@ -38,6 +40,7 @@ class RCNN(nn.Module):
     """normalize -> backbone -> rpn -> box head -> mask head.
 
     backbone: [B, 3, H, W] -> list of maps. Any module will do.
+    auxiliary_head: adds losses in training, and nothing else.
     channels_last: the memory format the network runs in.
     """
 
@@ -47,7 +50,8 @@ class RCNN(nn.Module):
         backbone: nn.Module,
         rpn: RPN,
         box_head: BoxHead,
-        mask_head: MaskHead | None = None,
+        mask_head: MaskHead | CascadeMaskHead | None = None,
+        auxiliary_head: AuxiliaryHead | None = None,
         channels_last: bool = False,
     ) -> None:
         super().__init__()
@@ -57,11 +61,13 @@ class RCNN(nn.Module):
         self.roi_heads = nn.ModuleDict({"box": box_head})
         if mask_head is not None:
             self.roi_heads["mask"] = mask_head
+        if auxiliary_head is not None:
+            self.roi_heads["auxiliary"] = auxiliary_head
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
 
     @property
-    def mask_head(self) -> MaskHead | None:
+    def mask_head(self) -> MaskHead | CascadeMaskHead | None:
         return dict(self.roi_heads.items()).get("mask")
 
     def features(self, images: ImageBatch) -> tuple[list[Tensor], torch.Size]:
@@ -77,8 +83,10 @@ class RCNN(nn.Module):
         if targets is None:
             detections = box_head.detect(features, proposals, images.sizes)
             return mask_head.detect(features, detections) if mask_head is not None else detections
-        chosen, box_losses = box_head.losses(features, proposals, targets)
+        chosen, box_losses = box_head.losses(features, proposals, targets, images.sizes)
         losses |= box_losses
         if mask_head is not None:
             losses |= mask_head.losses(features, chosen, targets)
+        if self.training and "auxiliary" in self.roi_heads:
+            losses |= self.roi_heads["auxiliary"].losses(features, chosen, targets)
         return losses
