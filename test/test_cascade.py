@@ -153,6 +153,21 @@ def test_rematch_by_hand():
     assert strict.labels.tolist() == [[3, 0, 0, 0, 0]]
 
 
+def test_refined_boxes_by_hand():
+    """A 10 x 20 box: half its width to the right, twice its height, and cut where its own image of 30 x 12 ends. Labels
+    choose the deltas; where one is 0, the likelier class does."""
+    box = torch.tensor([[0.0, 0, 10, 20]]).expand(3, 4)
+    logits = torch.tensor([[9.0, 0, 1], [9, 1, 0], [9, 0, 1]])
+    deltas = torch.zeros(3, 12)
+    deltas[:, 8:] = torch.tensor([5.0, 0, 0, 5 * math.log(2)])  # class 2, in the coder's units
+    sizes = torch.tensor([[30, 12], [30, 12], [100, 100]])
+    stay, cut, whole = [0, 0, 10, 20], [5, 0, 12, 30], [5, 0, 15, 30]
+    moved = refine(box, logits, deltas, (10, 10, 5, 5), sizes, torch.tensor([1, 2, 0]))
+    torch.testing.assert_close(moved, torch.tensor([stay, cut, whole], dtype=torch.float32))
+    moved = refine(box, logits, deltas, (10, 10, 5, 5), sizes)
+    torch.testing.assert_close(moved, torch.tensor([cut, stay, whole], dtype=torch.float32))
+
+
 def test_one_stage_is_the_plain_head():
     single = [KEY + "IOUS", "(0.5,)", KEY + "BBOX_REG_WEIGHTS", "((10,10,5,5),)", KEY + "LOSS_WEIGHTS", "(1.0,)"]
     cascade = model_of(SMALL, [*CASCADE, *single])

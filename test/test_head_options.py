@@ -142,10 +142,11 @@ def test_libra_samples_hard_negatives():
     assert hard_ones["LibraBBoxAssigner"] == 6 > 3 > hard_ones["BBoxAssigner"]
 
 
-def select(*overrides: str):
-    """Three boxes of one class. The second overlaps the first by IoU .6 and CIoU about .48; the third touches none."""
+def select(*overrides: str, second: tuple[float, ...] = (2.5, 0, 12.5, 10)):
+    """Left sides and scores of what is kept of three boxes of one class. The second overlaps the first by IoU .6, the
+    third touches none."""
     head = model_of(SMALL, [*TINY, *overrides]).roi_heads["box"]
-    boxes = torch.tensor([[[0.0, 0, 10, 10], [2.5, 0, 12.5, 10], [50, 50, 60, 60]]])
+    boxes = torch.tensor([[[0.0, 0, 10, 10], second, [50, 50, 60, 60]]])
     scores, group = torch.tensor([[0.9, 0.8, 0.06]]), torch.zeros(1, 3, dtype=torch.long)
     detections = head.select(boxes, scores, group, scores > 0.05)
     return detections.boxes[detections.valid][:, 0].tolist(), detections.scores[detections.valid].tolist()
@@ -158,6 +159,10 @@ def test_the_key_chooses_the_suppression():
     assert select(HEADS + "NMS", "0.59") == select()
     places, scores = select(HEADS + "NMS_TYPE", "MultiClassCiouNMS", HEADS + "NMS", "0.59")
     assert places == [0, 2.5, 50] and scores == pytest.approx([0.9, 0.8, 0.06])
+    # IoU .7, DIoU .7 - 2.25 / 200 = .6888, CIoU .6883: the aspect ratios count
+    low = {"second": (0, 0, 10, 7)}
+    assert select(HEADS + "NMS_TYPE", "MultiClassCiouNMS", HEADS + "NMS", "0.6885", **low)[0] == [0, 0, 50]
+    assert select(HEADS + "NMS_TYPE", "MultiClassCiouNMS", HEADS + "NMS", "0.688", **low)[0] == [0, 50]
     for sigma in (0.5, 0.2):
         places, scores = select(HEADS + "NMS_TYPE", "MultiClassSoftNMS", HEADS + "SOFT_NMS_SIGMA", str(sigma))
         assert places == [0, 2.5, 50]
