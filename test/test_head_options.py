@@ -183,6 +183,27 @@ def test_a_whole_model_suppresses_by_it(name):
     assert (other.scores.diff(dim=1)[other.valid[:, 1:]] <= 0).all() and other.valid.all(1).any()
 
 
+def test_numbers_kept_before_and_after_suppression():
+    """PaddleX's test_pre_nms_top_n, test_post_nms_top_n, keep_top_k and score_threshold."""
+    images, _ = make_batch()
+
+    def proposed(*overrides: str):
+        model = model_of(SMALL, [*TINY, HEADS + "SCORE_THRESH", "0.0", *overrides]).eval()
+        with torch.no_grad():
+            features, padded = model.features(images)
+            return model.rpn(features, padded, images.sizes)[0].valid.sum(1).max().item(), model(images)
+
+    many, detections = proposed()
+    assert many > 40 and detections.boxes.shape[1] == 100
+    assert proposed(RPN + "PRE_NMS_TOP_N_TEST", "3")[0] <= 5 * 3
+    assert proposed(RPN + "FPN_POST_NMS_TOP_N_TEST", "7")[0] == 7
+    few = proposed(HEADS + "DETECTIONS_PER_IMG", "9")[1]
+    assert few.boxes.shape[1] == 9 and torch.equal(few.scores, detections.scores[:, :9])
+    threshold = detections.scores[0, 20].item()
+    sure = proposed(HEADS + "SCORE_THRESH", repr(threshold))[1]
+    assert sure.valid[0].sum() < 100 and sure.scores[sure.valid].min() > threshold
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
