@@ -92,12 +92,17 @@ class BitmapBatch(Batch):
 
 @dataclass
 class Targets(Batch):
-    """Ground truth of a batch: boxes [B, G, 4], labels [B, G], valid [B, G] bool, masks or None."""
+    """Ground truth of a batch: boxes [B, G, 4], labels [B, G], valid [B, G] bool, masks or None.
+
+    keypoints: [B, G, K, 3] float32 (x, y in pixels of the resized image, visibility: 0 not labelled, 1 hidden,
+    2 visible), zeros where there is none and on padding; None without MODEL.KEYPOINT_ON.
+    """
 
     boxes: Tensor
     labels: Tensor
     valid: Tensor
     masks: PolygonBatch | BitmapBatch | None = None
+    keypoints: Tensor | None = None
 
 
 @dataclass
@@ -108,6 +113,11 @@ class Proposals(Batch):
     scores: Tensor
     valid: Tensor
 
+    def detections(self) -> Detections:
+        """As objects of label 1."""
+        labels = torch.ones_like(self.valid, dtype=torch.int64)
+        return Detections(boxes=self.boxes, scores=self.scores, labels=labels, valid=self.valid)
+
 
 @dataclass
 class Detections(Batch):
@@ -115,6 +125,8 @@ class Detections(Batch):
 
     boxes [B, D, 4], scores [B, D] in 0..1, labels [B, D], valid [B, D] bool, and masks [B, D, M, M] float
     probabilities inside each box, or None without a mask head.
+    keypoints: [B, D, K, 3] float32 (x, y, score) or None without a keypoint head. score, 0..1 and a little more: the
+    softmax probability of the heat map's cells at the highest point of the enlarged map (detectron2's definition).
     """
 
     boxes: Tensor
@@ -122,6 +134,7 @@ class Detections(Batch):
     labels: Tensor
     valid: Tensor
     masks: Tensor | None = None
+    keypoints: Tensor | None = None
 
 
 def flatten_valid(valid: Tensor, tensors: Sequence[Tensor], compact: bool) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -125,7 +125,7 @@ def test_residual_augmentation_adds_to_the_top_alone():
         ours, theirs, context = aug(features), plain(features), aug.augment(features[-1])
         assert all((a != b).any() for a, b in zip(ours, theirs))
         laterals = plain.laterals(features)
-        expected = plain.top_down([*laterals[:3], laterals[3] + context])
+        expected = plain.top_down([*laterals[:3], laterals[3] + context], features[-1])
         for a, b in zip(ours, expected):
             torch.testing.assert_close(a, b)
         aug.augment.fuse.weigh.bias.fill_(-1000)
@@ -192,6 +192,14 @@ def test_soft_selection_weighs_every_level():
             torch.testing.assert_close(pool(features, boxes, image), alone)
 
 
-def test_pyramids_parts_need_a_pyramid():
-    with pytest.raises(ConfigError, match="SOFT_ROI_SELECTION is True, but R-50-C4 has no pyramid"):
-        get_config(overrides=[*SOFT])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (SOFT, "SOFT_ROI_SELECTION is True, but R-50-C4 has no such pyramid"),
+        ([*RESIDUAL, "MODEL.BACKBONE.CONV_BODY", "HRNet-W18-FPN"], "but HRNet-W18-FPN has no such pyramid"),
+        ([*CONSISTENT, "MODEL.RPN_ONLY", "True"], "CONSISTENT_SUPERVISION is True, but there is no box head"),
+    ],
+)
+def test_parts_that_do_not_fit_are_errors(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        get_config(None if overrides is SOFT else SMALL, [*overrides, "MODEL.MASK_ON", "False"])

@@ -8,6 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_keypoint_head import KEYPOINTS
+from test_models import SMALL
+from test_retinanet import RETINANET
 
 from maskrcnn_benchmark.benchmark import environment, flops, loading, results, runs, scoring, sides, steps, workload
 from maskrcnn_benchmark.benchmark.steps import Samples
@@ -434,3 +437,12 @@ def test_loader_beside_its_peers(run, coco_mini, tmp_path):
     assert set(case["ratios"]) == {"torchvision", "detectron2"} and "times as fast" in done.stdout
     done = run(*command, *config, *keys, "INPUT.HORIZONTAL_FLIP_PROB_TRAIN", "0.25")
     assert done.returncode == 2 and "HORIZONTAL_FLIP_PROB_TRAIN 0.5" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [(RETINANET, "RETINANET_ON"), ([*KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES", "5"], "--data real")],
+)
+def test_detectors_that_are_not_measured_are_refused(overrides, words):
+    with pytest.raises(UserError, match=words):
+        runs.run(request_of(get_config(SMALL, [*overrides, "MODEL.MASK_ON", "False"]), "train"), get_device("cpu"))

@@ -48,6 +48,16 @@ def test_configurations_are_frozen_and_independent():
     assert get_config(overrides=["SEED", "7"]).SEED == 7 and get_config().SEED == 0
 
 
+RETINANET = [
+    *("MODEL.RETINANET_ON", "True", "MODEL.BACKBONE.CONV_BODY", "R-50-FPN-RETINANET"),
+    *("DATALOADER.SIZE_DIVISIBILITY", "32"),
+]
+KEYPOINTS = [
+    *("MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.SHARE_BOX_FEATURE_EXTRACTOR", "False"),
+    *("MODEL.ROI_KEYPOINT_HEAD.RESOLUTION", "56"),
+]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -59,14 +69,24 @@ def test_configurations_are_frozen_and_independent():
         (["DTYPE", "float8"], ["DTYPE", "bfloat16"]),
         (["MODEL.BACKBONE.CONV_BODY", "R-50-FPN"], ["USE_FPN"]),
         (["MODEL.BACKBONE.CONV_BODY", "VGG"], ["CONV_BODY", "R-50"]),
-        (["MODEL.KEYPOINT_ON", "True"], ["KEYPOINT_ON"]),
+        (["MODEL.KEYPOINT_ON", "True"], ["SHARE_BOX_FEATURE_EXTRACTOR", "False"]),
+        ([*KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.RESOLUTION", "28"], ["RESOLUTION", "56"]),
+        ([*KEYPOINTS, "TEST.KEYPOINT_SIGMAS", "(0.1,)"], ["KEYPOINT_SIGMAS", "17"]),
+        ([*KEYPOINTS, "TEST.BBOX_AUG.ENABLED", "True"], ["BBOX_AUG", "KEYPOINT_ON"]),
+        (["MODEL.RPN_ONLY", "True", "MODEL.MASK_ON", "True"], ["RPN_ONLY", "MASK_ON"]),
+        (["MODEL.RETINANET_ON", "True"], ["CONV_BODY", "FPN-RETINANET"]),
+        (["MODEL.BACKBONE.CONV_BODY", "R-50-FPN-RETINANET"], ["RETINANET_ON"]),
+        ([*RETINANET, "MODEL.MASK_ON", "True"], ["MASK_ON", "boxes"]),
+        ([*RETINANET, "MODEL.RETINANET.ANCHOR_SIZES", "(8, 16, 32, 64)"], ["ANCHOR_SIZES", "5"]),
+        ([*RETINANET, "MODEL.RETINANET.PRIOR_PROB", "1.0"], ["PRIOR_PROB"]),
+        ([*RETINANET, "DATALOADER.SIZE_DIVISIBILITY", "0"], ["SIZE_DIVISIBILITY"]),
         (["SOLVER.IMS_PER_BATCH", "0"], ["IMS_PER_BATCH"]),
         (["SOLVER.ACCUMULATE_STEPS", "3"], ["divisible"]),
         (["SOLVER.STEPS", "(1, 'a')"], ["SOLVER.STEPS", "'a'", "str"]),
         (["SOLVER.MAX_EPOCHS", "-1"], ["MAX_EPOCHS", "negative"]),
         (["SOLVER.MAX_EPOCHS", "3"], ["STEPS", "epochs"]),
         (["INPUT.PIXEL_STD", "[0, 0, 0]"], ["PIXEL_STD", "above 0"]),
-        (["INPUT.PIXEL_MEAN", "[0]"], ["PIXEL_MEAN", "3 channels"]),
+        (["INPUT.PIXEL_MEAN", "[0]"], ["PIXEL_MEAN", "one a channel"]),
         (["INPUT.FIXED_SHAPES", "(96, 96)"], ["FIXED_SHAPES", "96"]),
         (["MODEL.RPN.ASPECT_RATIOS", "()"], ["ASPECT_RATIOS", "at least 1"]),
         (["MODEL.ROI_HEADS.BBOX_REG_WEIGHTS", "(1., 1.)"], ["BBOX_REG_WEIGHTS"]),

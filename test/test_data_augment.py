@@ -244,6 +244,24 @@ def test_mixup():
         Compose([{"type": "MixupImage"}])(first, rng(1))
 
 
+def test_mixup_ends_after_its_epochs(coco_mini):
+    """PaddleX's mixup_epoch: the first epoch of two is mixed; -1, its default there, is none at all."""
+    partner = picture([((60, 40), (15, 9))])
+    for epochs, mixed in ((None, [2, 2, 2]), (2, [2, 2, 1]), (-1, [1, 1, 1]), (0, [1, 1, 1])):
+        compose = Compose([{"type": "MixupImage", "mixup_epoch": epochs}])
+        sample = picture([((30, 40), (10, 10))])
+        found = [len(compose(sample, rng(), lambda _: partner, epoch).boxes) for epoch in range(3)]
+        assert found == mixed, epochs
+    chain = [{"type": "MixupImage", "mixup_epoch": 1}, {"type": "ResizeByShort", "short_size": 64}]
+    values = ["DATA.PATH", coco_mini, "SOLVER.IMS_PER_BATCH", 1, "INPUT.TRANSFORMS", chain, "DATALOADER.NUM_WORKERS", 0]
+    cfg = get_config(None, list(map(str, values)))
+    dataset = build_dataset(("coco_2017_train[:8]",), cfg, training=True)
+    batches = loader.train_loader(cfg, dataset, get_device("cpu"), 0, 1, 0)
+    most = [int(targets.valid.sum()) for _, (_, targets) in zip(range(2 * batches.iterations_per_epoch), batches)]
+    first, second = most[: batches.iterations_per_epoch], most[batches.iterations_per_epoch :]
+    assert sum(second) == dataset.counts.sum() < sum(first)
+
+
 def test_copy_paste_hides_what_is_below():
     below = picture([((30, 40), (15, 15)), ((70, 40), (10, 10)), ((32, 40), (3, 3))])
     over = picture([((40, 40), (15, 15))])

@@ -110,7 +110,7 @@ def test_pickles_without_the_json(coco_mini):
     dataset = CocoDataset(file, coco_mini / "train2017", training=True)
     pickled = pickle.dumps(dataset)
     packed = sum(value.numel() * value.element_size() for value in vars(dataset._objects).values())
-    assert len(pickled) < packed + 10_000
+    assert len(pickled) < packed + 11_000
     again = pickle.loads(pickled)
     assert again.annotations(3) == dataset.annotations(3)
 

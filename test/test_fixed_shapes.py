@@ -33,6 +33,9 @@ COMPOSITES = {
     "conv3x3": convolution.conv3x3_composite,
     "conv3x3_input_gradient": convolution.conv3x3_input_gradient_composite,
     "conv3x3_weight_gradient": convolution.conv3x3_weight_gradient_composite,
+    "pointwise": convolution.pointwise_composite,
+    "pointwise_input_gradient": convolution.pointwise_input_gradient_composite,
+    "pointwise_weight_gradient": convolution.pointwise_weight_gradient_composite,
     "roi_align": roi_align.roi_align_composite,
     "roi_align_backward": roi_align.roi_align_backward_composite,
 }
@@ -201,8 +204,10 @@ def test_a_training_step_never_waits_for_the_device(tiny_config, tmp_path, overr
     waits = waits_of_a_step(run, composites)
     assert not waits.found
     unused = {"box_decode", "box_decode_backward"}
-    if ops.kernel_in_use("conv3x3", "cpu") == "composite":  # torch's convolution serves
-        unused |= {op for op in COMPOSITES if op.startswith("conv3x3")}
+    served = {"conv3x3": True, "pointwise": "bfloat16" in overrides}
+    for name, wanted in served.items():
+        if not wanted or ops.kernel_in_use(name, "cpu") == "composite":  # torch's convolution serves
+            unused |= {op for op in COMPOSITES if op.startswith(name)}
     assert waits.served.keys() == COMPOSITES.keys() - unused
     assert run.scaler.is_enabled() == ("float16" in overrides)
 

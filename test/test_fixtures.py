@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from maskrcnn_benchmark.config import get_config, merge
@@ -100,6 +101,19 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-3) -> None:
     assert error < tolerance, f"relative error {error:.2e}"
 
 
+def pack(polygons: list[list[float]]) -> PolygonBatch:
+    """Instances of one polygon each."""
+    points = torch.tensor([v for polygon in polygons for v in polygon], dtype=torch.float32).reshape(-1, 2)
+    ends = torch.tensor([0] + [len(polygon) // 2 for polygon in polygons]).cumsum(0)
+    return PolygonBatch(points, ends, torch.arange(len(polygons) + 1))
+
+
+def bitmaps_of(polygons: list[list[float]], height: int, width: int) -> Tensor:
+    """[N, height, width] uint8: the same, drawn by pycocotools."""
+    rles = [coco_mask.merge(coco_mask.frPyObjects([p], height, width)) for p in polygons]
+    return torch.from_numpy(np.stack([coco_mask.decode(r) for r in rles]))
+
+
 def subsample(x: Tensor) -> Tensor:
     return x[:, ::16, :: max(1, x.shape[2] // 8), :: max(1, x.shape[3] // 8)]
 
@@ -165,14 +179,15 @@ def test_detections(peer):
 
 def test_detected_masks(peer):
     """The peer's first eight masks, pasted into the image, against ours of the same detections."""
-    if peer.name == "torchvision":
-        pytest.skip("torchvision truncates the box to whole pixels before it pastes; detectron2 does what we do")
     with torch.no_grad():
         detections = peer.model(peer.images)
-    results = detections_to_results(detections, peer.images, list(range(1, 101))).to_list()
+    whole_pixels = peer.name == "torchvision"
+    results = detections_to_results(
+        detections, peer.images, list(range(1, 101)), paste_whole_pixels=whole_pixels
+    ).to_list()
     ours = np.stack([decode_rle(result["segmentation"]) for result in results]).astype(bool)
     scores = torch.tensor([result["score"] for result in results])
-    theirs = peer.arrays["det_masks"].astype(bool)
+    theirs = peer.arrays["det_masks"].reshape(-1, *ours.shape[1:]) > 0.5  # torchvision's are probabilities
     for mask, score in zip(theirs, peer.tensor("det_scores")):
         candidates = ours[(scores - score).abs() < 1e-3]
         iou = (candidates & mask).sum((1, 2)) / np.maximum((candidates | mask).sum((1, 2)), 1)
@@ -202,12 +217,7 @@ def make_targets(peer: Peer) -> Targets:
     labels = peer.tensor("gt_labels").long()
     if peer.name == "detectron2":
         labels = labels + 1
-        points = torch.tensor([v for polygon in POLYGONS for v in polygon], dtype=torch.float32).reshape(-1, 2)
-        ends = torch.tensor([0] + [len(p) // 2 for p in POLYGONS]).cumsum(0)
-        masks = PolygonBatch(points, ends, torch.arange(len(POLYGONS) + 1))
+        masks = pack(POLYGONS)
     else:
-        from pycocotools import mask as coco_mask
-
-        rles = [coco_mask.merge(coco_mask.frPyObjects([p], height, width)) for p in POLYGONS]
-        masks = BitmapBatch(torch.from_numpy(np.stack([coco_mask.decode(r) for r in rles]))[None])
+        masks = BitmapBatch(bitmaps_of(POLYGONS, height, width)[None])
     return Targets(peer.tensor("gt_boxes")[None], labels[None], torch.ones(1, len(labels), dtype=torch.bool), masks)

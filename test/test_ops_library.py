@@ -20,7 +20,11 @@ OPERATORS = [
 ]
 # With a kernel for CPUs that have AVX-512 with bfloat16
 AVX512 = ["conv3x3", "conv3x3_input_gradient", "conv3x3_weight_gradient"]
-HAS_AVX512 = "avx512_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+# And without AMX
+WITHOUT_AMX = ["pointwise", "pointwise_input_gradient", "pointwise_weight_gradient"]
+FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+HAS_AVX512 = "avx512_bf16" in FLAGS
+LACKS_AMX = HAS_AVX512 and "amx_bf16" not in FLAGS
 NMS = """
 import logging, torch
 logging.basicConfig(level=logging.INFO)
@@ -59,12 +63,13 @@ def test_every_operator_has_a_cpu_kernel(op):
 
 @needs_extension
 @pytest.mark.skipif(library._MODE == "composite", reason="MASKRCNN_KERNELS=composite")
-@pytest.mark.parametrize("op", AVX512)
+@pytest.mark.parametrize("op", [*AVX512, *WITHOUT_AMX])
 def test_convolution_has_a_kernel_where_the_processor_can_run_it(op):
-    assert ops.kernel_in_use(op, "cpu") == ("native" if HAS_AVX512 else "composite")
+    served = HAS_AVX512 if op in AVX512 else LACKS_AMX
+    assert ops.kernel_in_use(op, "cpu") == ("native" if served else "composite")
 
 
-@pytest.mark.parametrize("op", [*OPERATORS, *AVX512])
+@pytest.mark.parametrize("op", [*OPERATORS, *AVX512, *WITHOUT_AMX])
 def test_every_operator_has_a_composite_for_the_other_devices(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"maskrcnn_benchmark::{op}", "CompositeExplicitAutograd")
     assert ops.kernel_in_use(op, "mps") == "composite"

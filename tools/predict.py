@@ -1,4 +1,5 @@
-"""Detect and segment objects in images and videos: pictures with boxes, masks, names and scores, and JSON."""
+"""Detect and segment objects in images and videos: pictures with boxes, masks, keypoints, names and scores, and
+JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import cv2
 from maskrcnn_benchmark import command
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.engine.checkpoint import write_atomically
-from maskrcnn_benchmark.engine.predict import Prediction, count_inputs, find_inputs, load_predictor, predict
+from maskrcnn_benchmark.engine.predict import Prediction, Predictor, count_inputs, find_inputs, load_predictor, predict
 from maskrcnn_benchmark.errors import DataError
 from maskrcnn_benchmark.report.console import progress
 from maskrcnn_benchmark.report.visualize import draw_results
@@ -68,7 +69,7 @@ def main() -> int:
         prediction.results = [result for result in prediction.results if result["score"] >= args.threshold]
         if args.output:
             name = picture_name(prediction, numbers[prediction.path], prediction.path.name in often)
-            draw(prediction, predictor.category_names, args.output / name, args.threshold)
+            draw(prediction, predictor, args.output / name, args.threshold)
         results += [describe(prediction, result, image_id, predictor.category_names) for result in prediction.results]
         done += 1
     if args.json:
@@ -91,8 +92,10 @@ def describe(prediction: Prediction, result: dict, image_id: int, names: dict[in
     return {**result, "image_id": image_id, **more}
 
 
-def draw(prediction: Prediction, names: dict[int, str], path: Path, threshold: float) -> None:
-    picture = draw_results(prediction.image, prediction.results, names, threshold)
+def draw(prediction: Prediction, predictor: Predictor, path: Path, threshold: float) -> None:
+    picture = draw_results(
+        prediction.image, prediction.results, predictor.category_names, threshold, limbs=predictor.limbs
+    )
     _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     write_atomically(path, lambda file: file.write(png.tobytes()))
 

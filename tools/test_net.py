@@ -16,7 +16,8 @@ from maskrcnn_benchmark import command
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import Device, get_device
 from maskrcnn_benchmark.engine import checkpoint, distributed
-from maskrcnn_benchmark.engine.inference import evaluate_model, test_datasets
+from maskrcnn_benchmark.engine.datasets import test_datasets
+from maskrcnn_benchmark.engine.inference import evaluate_model, tasks_of
 from maskrcnn_benchmark.engine.train import prepare_output, write_result
 from maskrcnn_benchmark.errors import ConfigError
 from maskrcnn_benchmark.evaluation.coco import format_table, load_results
@@ -85,10 +86,11 @@ def measured(scores: dict[str, Any], device: Device) -> dict[str, Any]:
 def score_file(cfg: CfgNode, predictions: str) -> dict[str, Any]:
     results = load_results(predictions)
     dataset = next(iter(test_datasets(cfg).values()))
-    keys = {"bbox": "bbox", "segm": "segmentation"}
+    keys = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
     tasks = [task for task, key in keys.items() if any(isinstance(r, dict) and key in r for r in results)]
-    tasks = tasks or (["bbox", "segm"] if cfg.MODEL.MASK_ON else ["bbox"])
-    judged_by = (tasks, cfg.TEST.METRICS, cfg.TEST.EVALUATOR, dataset.image_ids)
+    if not tasks or tasks_of(cfg) == ("box_proposal",):
+        tasks = tasks_of(cfg)
+    judged_by = (tasks, cfg.TEST.METRICS, cfg.TEST.EVALUATOR, dataset.image_ids, cfg.TEST.KEYPOINT_SIGMAS)
     return score(dataset.ground_truth(), results, *judged_by)[0]
 
 

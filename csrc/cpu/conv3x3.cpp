@@ -6,34 +6,23 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/relu.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
-#include "../common.h"
+#include "product.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
-#include <immintrin.h>
-
+#ifdef HAS_PRODUCT
 namespace maskrcnn_benchmark {
 namespace {
 
-using at::BFloat16;
-
 constexpr int64_t kPoints = 16; // of a transformed tile, 4x4
-constexpr int64_t kLanes = 16; // float32 values of a vector
-constexpr int64_t kColumns = 2 * kLanes; // of a product that are made at a time, by kRows rows: 16 vectors of sums
-constexpr int64_t kRows = 8;
+constexpr int64_t kSumPoint = 5; // where transform_gradient puts the sum of a tile's outputs
 constexpr int64_t kBlock = 64; // tiles whose outputs a thread makes at a time: they stay in its second-level cache
 constexpr int64_t kChunk = 256; // tiles that the weights' gradient takes at a time
-
-// Values that one 32-bit word of a product's factors holds: two bfloat16 are multiplied by one instruction.
-template <typename T>
-constexpr int64_t kPacked = 4 / sizeof(T);
 
 // From the values of one point to those of the next: a cache line more than they are. Powers of two apart, the 16
 // values that a transform writes fall into one set of the cache: the weights' gradient took up to 40% longer.
@@ -59,92 +48,9 @@ struct Grid {
   }
 };
 
-// Aligned to a cache line, not initialised.
-template <typename T>
-std::unique_ptr<T[], decltype(&std::free)> scratch(int64_t size) {
-  const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
-  T* values = static_cast<T*>(std::aligned_alloc(64, bytes));
-  TORCH_CHECK(values != nullptr, "conv3x3: no memory for ", bytes, " bytes");
-  return {values, &std::free};
-}
+AVX512_BEGIN
 
-// From here to pop_options no template of the standard library is made for the first time: the linker might give its
-// AVX-512 code to the other files, and to processors that cannot run it.
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
-
-using Vector = __m512;
 using Tile = std::array<std::array<Vector, 4>, 4>;
-
-inline Vector load(const float* from) {
-  return _mm512_loadu_ps(from);
-}
-
-inline Vector load(const BFloat16* from) {
-  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-inline void store(float* to, Vector values) {
-  _mm512_storeu_ps(to, values);
-}
-
-inline void store(BFloat16* to, Vector values) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(values));
-}
-
-// Words for a product's factor: a value of `low` each, with bfloat16 a value of `high` in the upper half.
-inline void store_words(float* to, Vector low, Vector) {
-  _mm512_storeu_ps(to, low);
-}
-
-inline void store_words(BFloat16* to, Vector low, Vector high) {
-  const __m512i lower = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
-  const __m512i upper = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
-  _mm512_storeu_si512(to, _mm512_or_si512(lower, _mm512_slli_epi32(upper, 16)));
-}
-
-inline Vector multiply_add(float, const float* word, Vector b, Vector sum) {
-  return _mm512_fmadd_ps(_mm512_set1_ps(*word), b, sum);
-}
-
-inline Vector multiply_add(BFloat16, const float* word, Vector b, Vector sum) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_ps(*word), (__m512bh)b);
-}
-
-// kRows x kColumns of a product: c[i][j] = sum over k of a[i][k] b[k][j], to c or added to it. Factors are words.
-template <typename T, bool add>
-inline void product(
-    const T* a_values,
-    int64_t a_row,
-    int64_t a_step,
-    const T* b_values,
-    int64_t b_step,
-    int64_t depth,
-    float* c,
-    int64_t c_row) {
-  const float* a = reinterpret_cast<const float*>(a_values);
-  const float* b = reinterpret_cast<const float*>(b_values);
-  Vector sums[kRows][2];
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < kRows; ++i) {
-    sums[i][0] = add ? _mm512_loadu_ps(c + i * c_row) : _mm512_setzero_ps();
-    sums[i][1] = add ? _mm512_loadu_ps(c + i * c_row + kLanes) : _mm512_setzero_ps();
-  }
-  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
-    const Vector b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + kLanes);
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < kRows; ++i) {
-      sums[i][0] = multiply_add(T(), a + i * a_row, b0, sums[i][0]);
-      sums[i][1] = multiply_add(T(), a + i * a_row, b1, sums[i][1]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < kRows; ++i) {
-    _mm512_storeu_ps(c + i * c_row, sums[i][0]);
-    _mm512_storeu_ps(c + i * c_row + kLanes, sums[i][1]);
-  }
-}
 
 // B^T d B: of a 4x4 tile of the input.
 inline void transform_input(Tile& d) {
@@ -229,9 +135,11 @@ void input_rows(const T* map, const Grid& grid, int64_t first, const T* zeros, T
   }
 }
 
-// Outputs of the tiles first..first + kBlock, kColumns channels of them, from [kPoints, kBlock, kColumns] products.
+// Outputs of the tiles first..first + kBlock, kColumns channels of them, from [kPoints, kBlock, kColumns] products;
+// at least `least`: 0 for a ReLU, or -infinity.
 template <typename T>
-void write_outputs(const float* products, const Grid& grid, int64_t first, const float* bias, T* map, T* outside) {
+void write_outputs(
+    const float* products, const Grid& grid, int64_t first, const float* bias, float least, T* map, T* outside) {
   for (int64_t row = 0; row < std::min(kBlock, grid.tiles() - first); ++row) {
     const Pixels<T, 2> pixels(map, grid, first + row, 0, outside);
     for (int64_t channel = 0; channel < kColumns; channel += kLanes) {
@@ -242,7 +150,8 @@ void write_outputs(const float* products, const Grid& grid, int64_t first, const
       transform_output(tile);
       const Vector added = load(bias + channel);
       for (int64_t i = 0; i < 4; ++i) {
-        store(pixels.at[i] + (pixels.at[i] == outside ? 0 : channel), tile[i / 2][i % 2] + added);
+        T* to = pixels.at[i] + (pixels.at[i] == outside ? 0 : channel);
+        store(to, at_least(least, tile[i / 2][i % 2] + added));
       }
     }
   }
@@ -255,6 +164,7 @@ void convolve_block(
     const Grid& in,
     const T* weights,
     const float* bias,
+    float least,
     T* output,
     const Grid& out,
     int64_t first,
@@ -273,7 +183,7 @@ void convolve_block(
             products + point * apart<float>(kBlock * kColumns) + row * kColumns, kColumns);
       }
     }
-    write_outputs(products, out, first, bias + column, output + column, outside);
+    write_outputs(products, out, first, bias + column, least, output + column, outside);
   }
 }
 
@@ -387,14 +297,15 @@ void transform_sums(const float* sums, int64_t outputs, int64_t inputs, int64_t 
   }
 }
 
-#pragma GCC pop_options
+AVX512_END
 
 // ---- the operators
 
 // taps [3, 3, inputs, outputs], float32 and contiguous; input channels-last.
 template <typename T>
-Tensor convolve(const Tensor& input, const Tensor& taps, bool flip, const std::optional<Tensor>& bias) {
+Tensor convolve(const Tensor& input, const Tensor& taps, bool flip, const std::optional<Tensor>& bias, bool relu) {
   const Grid in(input);
+  const float least = relu ? 0 : -INFINITY;
   const int64_t outputs = taps.size(3);
   const Tensor output =
       at::empty({in.batch, outputs, in.height, in.width}, input.options(), at::MemoryFormat::ChannelsLast);
@@ -412,20 +323,22 @@ Tensor convolve(const Tensor& input, const Tensor& taps, bool flip, const std::o
     const std::vector<T> zeros(in.channels, T(0));
     for (int64_t block = begin; block < end; ++block) {
       convolve_block<T>(
-          input.const_data_ptr<T>(), in, words.get(), added.const_data_ptr<float>(), output.mutable_data_ptr<T>(), out,
-          block * kBlock, zeros.data(), rows.get(), products.get());
+          input.const_data_ptr<T>(), in, words.get(), added.const_data_ptr<float>(), least, output.mutable_data_ptr<T>(),
+          out, block * kBlock, zeros.data(), rows.get(), products.get());
     }
   });
   return output;
 }
 
-// The gradient of the weights, float32 [outputs, 3, 3, inputs]. A sum has one owner, whatever the number of threads.
+// The gradients of the weights, float32 [outputs, 3, 3, inputs], and of the bias. A sum has one owner, whatever the
+// number of threads.
 template <typename T>
-Tensor weights_gradient(const Tensor& grad, const Tensor& input) {
+std::tuple<Tensor, Tensor> weights_gradient(const Tensor& grad, const Tensor& input) {
   const Grid in(input), out(grad);
   const int64_t input_stride = apart<T>(in.channels * kChunk), gradient_stride = apart<T>(out.channels * kChunk);
   const auto inputs = scratch<T>(kPoints * input_stride), gradients = scratch<T>(kPoints * gradient_stride);
   const Tensor sums = at::zeros({kPoints, out.channels, in.channels}, input.options().dtype(at::kFloat));
+  const Tensor bias = at::zeros({out.channels}, sums.options());
   const std::vector<T> zeros(std::max(in.channels, out.channels), T(0));
   const int64_t panels = out.channels / kColumns;
   for (int64_t chunk = 0; chunk < in.tiles(); chunk += kChunk) {
@@ -438,9 +351,13 @@ Tensor weights_gradient(const Tensor& grad, const Tensor& input) {
     at::parallel_for(0, kPoints * panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t point = task / panels, output = task % panels * kColumns;
+        const T* gradient = gradients.get() + point * gradient_stride + output * kChunk;
         add_products<T>(
-            gradients.get() + point * gradient_stride + output * kChunk, inputs.get() + point * input_stride,
-            in.channels, depth, sums.mutable_data_ptr<float>() + (point * out.channels + output) * in.channels);
+            gradient, inputs.get() + point * input_stride, in.channels, depth,
+            sums.mutable_data_ptr<float>() + (point * out.channels + output) * in.channels);
+        if (point == kSumPoint) {
+          add_columns(gradient, depth, bias.mutable_data_ptr<float>() + output);
+        }
       }
     });
   }
@@ -449,7 +366,7 @@ Tensor weights_gradient(const Tensor& grad, const Tensor& input) {
     transform_sums(
         sums.const_data_ptr<float>(), out.channels, in.channels, begin, end, result.mutable_data_ptr<float>());
   });
-  return result;
+  return {result, bias};
 }
 
 // Whether this is faster than torch's convolution. Of few tiles it is not: at 70 tiles of 256 channels the weights'
@@ -457,7 +374,7 @@ Tensor weights_gradient(const Tensor& grad, const Tensor& input) {
 // the transforms alone would take longer than a direct convolution.
 bool serves(const Tensor& input, int64_t outputs) {
   constexpr int64_t kLeastTiles = 192;
-  const bool narrow = input.scalar_type() == at::kBFloat16 && !__builtin_cpu_supports("amx-bf16");
+  const bool narrow = input.scalar_type() == at::kBFloat16 && lacks_amx();
   return (narrow || input.scalar_type() == at::kFloat) && input.size(1) % kColumns == 0 && outputs % kColumns == 0 &&
       Grid(input).tiles() >= kLeastTiles;
 }
@@ -467,9 +384,11 @@ Tensor channels_last(const Tensor& map) {
 }
 
 // taps: [3, 3, inputs, outputs], in any order of memory.
-Tensor convolve(const Tensor& input, const Tensor& taps, bool flip, const std::optional<Tensor>& bias) {
+Tensor convolve(
+    const Tensor& input, const Tensor& taps, bool flip, const std::optional<Tensor>& bias, bool relu) {
   const Tensor x = channels_last(input), t = taps.to(at::kFloat).contiguous();
-  return x.scalar_type() == at::kFloat ? convolve<float>(x, t, flip, bias) : convolve<BFloat16>(x, t, flip, bias);
+  return x.scalar_type() == at::kFloat ? convolve<float>(x, t, flip, bias, relu)
+                                       : convolve<BFloat16>(x, t, flip, bias, relu);
 }
 
 std::tuple<Tensor, Tensor, Tensor> direct_gradients(
@@ -483,36 +402,38 @@ Tensor unread(at::IntArrayRef shape, const Tensor& like) {
   return at::empty(shape, like.options(), at::MemoryFormat::ChannelsLast);
 }
 
-Tensor conv3x3(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor conv3x3(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, bool relu) {
   if (serves(input, weight.size(0))) {
-    return convolve(input, weight.permute({2, 3, 1, 0}), false, bias);
+    return convolve(input, weight.permute({2, 3, 1, 0}), false, bias, relu);
   }
   if (input.numel() == 0) { // torch's result would be a view, which no in-place ReLU may follow
     return unread({input.size(0), weight.size(0), input.size(2), input.size(3)}, input);
   }
   const auto b = bias ? std::optional(bias->to(input.scalar_type())) : std::nullopt;
-  return channels_last(
+  const Tensor result = channels_last(
       at::convolution(input, weight.to(input.scalar_type()), b, {1, 1}, {1, 1}, {1, 1}, false, {0, 0}, 1));
+  return relu ? at::relu(result) : result;
 }
 
 Tensor conv3x3_input_gradient(const Tensor& grad, const Tensor& weight) {
   if (serves(grad, weight.size(1))) {
-    return convolve(grad, weight.permute({2, 3, 0, 1}), true, std::nullopt);
+    return convolve(grad, weight.permute({2, 3, 0, 1}), true, std::nullopt, false);
   }
   const Tensor input = unread({grad.size(0), weight.size(1), grad.size(2), grad.size(3)}, grad);
   return channels_last(std::get<0>(direct_gradients(grad, input, weight, {true, false, false})));
 }
 
-Tensor conv3x3_weight_gradient(const Tensor& grad, const Tensor& input) {
+std::tuple<Tensor, Tensor> conv3x3_weight_gradient(const Tensor& grad, const Tensor& input) {
   if (serves(input, grad.size(1))) {
     const Tensor upstream = channels_last(grad), x = channels_last(input);
     const bool narrow = x.scalar_type() == at::kBFloat16;
-    const Tensor result = narrow ? weights_gradient<BFloat16>(upstream, x) : weights_gradient<float>(upstream, x);
-    return result.permute({0, 3, 1, 2});
+    const auto [weight, bias] = narrow ? weights_gradient<BFloat16>(upstream, x) : weights_gradient<float>(upstream, x);
+    return {weight.permute({0, 3, 1, 2}), bias};
   }
   const Tensor weight = unread({grad.size(1), input.size(1), 3, 3}, grad);
   const Tensor result = std::get<1>(direct_gradients(grad, input, weight, {false, true, false}));
-  return channels_last(result.to(grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  const auto dtype = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return {channels_last(result.to(dtype)), grad.sum({0, 2, 3}, false, dtype)};
 }
 
 } // namespace

@@ -7,6 +7,7 @@ no matrix product (RoIAlign, NMS, losses, the update) counts nothing: it is well
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,10 +26,19 @@ MATRIX_SIDES = (2048, 8192)
 SHORT_SECONDS = 0.02
 
 
+def _deformable_flop(input_shape, offset_shape, mask_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """As of any convolution: the interpolation is no product of matrices."""
+    batch, channels, height, width = out_shape
+    return 2 * batch * channels * height * width * math.prod(weight_shape[1:])
+
+
+FORMULAS = {torch.ops.maskrcnn_benchmark.deform_conv2d: _deformable_flop}
+
+
 @dataclass(frozen=True)
 class Flops:
     """FLOP of an image's share of a batch: a part that is always the same, and one for each positive RoI (training) or
-    detection (inference) in the mask head."""
+    detection (inference) in the mask or keypoint head."""
 
     fixed: float
     each: float
@@ -42,9 +52,9 @@ def training_flops(cfg: CfgNode, size: tuple[int, int], backward: bool = True) -
     """Forward, or forward and backward, of padded images of `size` (height, width)."""
 
     def count(model: RCNN, positives: int) -> int:
-        if model.mask_head is not None:
-            model.mask_head.positives_per_image = positives
-        with FlopCounterMode(display=False) as counter:
+        for head in model.heads_after_box:
+            head.positives_per_image = positives
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             loss = sum(model.train()(*_meta_batch(size)).values())
             if backward:
                 loss.backward()
@@ -56,8 +66,10 @@ def training_flops(cfg: CfgNode, size: tuple[int, int], backward: bool = True) -
 @torch.no_grad()
 def inference_flops(cfg: CfgNode, size: tuple[int, int]) -> Flops:
     def count(model: RCNN, detections: int) -> int:
-        model.roi_heads["box"].detections_per_image = detections
-        with FlopCounterMode(display=False) as counter:
+        heads = getattr(model, "roi_heads", {})  # RetinaNet has none, and an RPN alone has no box head
+        if "box" in heads:
+            heads["box"].detections_per_image = detections
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             model.eval()(_meta_batch(size)[0])
         return counter.get_total_flops()
 

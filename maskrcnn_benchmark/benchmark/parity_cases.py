@@ -371,12 +371,22 @@ def conv3x3_cases(op: Callable) -> Iterator[Case]:
         yield Case(*("ops", f"conv3x3, {name}", op), floats=(x, weight, bias), depth=2, condition=4 * math.sqrt(9 * 32))
 
 
+def pointwise_cases(op: Callable) -> Iterator[Case]:
+    generator = random(10)
+    for name, shape in (("rows", (100, 64)), ("map", (2, 64, 12, 9))):
+        x = torch.randn(shape, generator=generator)
+        x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        weight, bias = torch.randn(96, 64, generator=generator) / 8, torch.randn(96, generator=generator)
+        yield Case("ops", f"pointwise, {name}", op, floats=(x, weight, bias), condition=math.sqrt(64))
+
+
 OPTIONAL: dict[str, Callable[[Callable], Iterator[Case]]] = {
     "soft_nms": soft_nms_cases,
     "distance_nms": distance_nms_cases,
     "deform_conv2d": deform_conv2d_cases,
     "sigmoid_focal_loss": sigmoid_focal_loss_cases,
     "conv3x3": conv3x3_cases,
+    "pointwise": pointwise_cases,
 }
 
 # --------------------------------------------------------------------------------------------------- layers

@@ -131,6 +131,11 @@ def check(request: Request) -> None:
     ranks = distributed.world_size()
     if request.batch % ranks:
         raise UserError(f"a batch of {request.batch} images cannot be divided among {ranks} ranks")
+    model = request.cfg.MODEL
+    if model.RETINANET_ON or model.RPN_ONLY:
+        raise UserError("RoIs are counted here: MODEL.RETINANET_ON and MODEL.RPN_ONLY have none; set both to False")
+    if model.KEYPOINT_ON and request.training and request.data == "synthetic":
+        raise UserError("synthetic data has no keypoints: measure the training of MODEL.KEYPOINT_ON with --data real")
     if request.against and (ranks > 1 or request.data == "real"):
         raise UserError("--against works with synthetic data, in one process without ranks")
 

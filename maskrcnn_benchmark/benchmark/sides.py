@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 from ..device import Device
 from ..engine.optim import make_optimizer, set_learning_rate
 from ..engine.train import parallelize, update
+from ..engine.views import results_options
 from ..evaluation.results import Results, detections_to_results
 from ..models.build import build_model
 from ..models.rcnn import RCNN
@@ -129,7 +130,7 @@ def inference_side(
         load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE)
     model.eval()
     category_ids = [category["id"] for category in truth["categories"]]
-    threshold = cfg.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD
+    options = results_options(cfg)
 
     @torch.no_grad()
     def forward(batch: tuple[ImageBatch, Any]) -> tuple:
@@ -139,7 +140,7 @@ def inference_side(
 
     def post_processing(detected: tuple) -> None:
         detections, images = detected
-        side.found = detections_to_results(detections.to("cpu"), images, category_ids, threshold)
+        side.found = detections_to_results(detections.to("cpu"), images, category_ids, **options)
         side.results[tuple(images.image_ids)] = side.found
         side.counts.mask_head.append(len(side.found))
 

@@ -95,8 +95,8 @@ def draw_sample(number: int, size: tuple[int, int], objects: int) -> Sample:
             break
     else:
         raise UserError(f"{objects} objects do not find room in an image of {size[0]} x {size[1]}: make it larger")
-    polygons = [polygon.astype(np.float32) for _, parts in shapes for polygon in parts]
-    corners = [np.concatenate(parts) for _, parts in shapes]
+    polygons = [polygon.astype(np.float32) for shape in shapes for polygon in shape.polygons]
+    corners = [np.concatenate(shape.polygons) for shape in shapes]
     labels = list(CATEGORIES)
     return Sample(
         image=image,
@@ -104,11 +104,11 @@ def draw_sample(number: int, size: tuple[int, int], objects: int) -> Sample:
         image_index=number,
         original_size=size,
         boxes=np.stack([[*points.min(0), *points.max(0)] for points in corners]).astype(np.float32),
-        labels=np.array([labels.index(category) + 1 for category, _ in shapes]),
+        labels=np.array([labels.index(shape.category_id) + 1 for shape in shapes]),
         polygons=Polygons(
             np.concatenate(polygons),
             offsets_of(np.array([len(polygon) for polygon in polygons])),
-            offsets_of(np.array([len(parts) for _, parts in shapes])),
+            offsets_of(np.array([len(shape.polygons) for shape in shapes])),
         ),
     )
 

@@ -26,7 +26,7 @@ def get_config(file: str | Path | None = None, overrides: Sequence[str] = ()) ->
 
     Args:
         file: a yaml file; its `_BASE_` (a path or a list of paths, relative to the file) is merged first.
-        overrides: `KEY VALUE KEY VALUE ...`, as on the command line.
+        overrides: `KEY VALUE KEY VALUE ...`, as on the command line; `_BASE_ FILE` merges a file before the others.
 
     Raises:
         ConfigError: unknown key (with the nearest known one), wrong type, keys that contradict each other.
@@ -55,6 +55,9 @@ def _finish(cfg: CfgNode, overrides: Sequence[str]) -> CfgNode:
     if len(overrides) % 2:
         raise ConfigError(f"overrides come in pairs KEY VALUE, but {overrides[-1]!r} stands alone")
     pairs = dict(zip(overrides[::2], overrides[1::2]))
+    if BASE_KEY in pairs:
+        for source, values in _read(Path(pairs.pop(BASE_KEY))):
+            merge(cfg, values, str(source))
     for key, value in translate(pairs, "command line").items():
         _set(cfg, key, value, "command line")
     check(cfg)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 from yacs.config import CfgNode
 
 from ..errors import ConfigError
+from .conv_body import parse
 
 CHOICES = {
     "DTYPE": ("float32", "float16", "bfloat16"),
     "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
     "MODEL.RESNETS.NORM": ("FrozenBN", "BN", "SyncBN", "GN"),
-    "MODEL.RPN.ANCHOR_ROUNDING": ("none", "corners"),
+    "MODEL.RPN.ANCHOR_ROUNDING": ("none", "corners", "stride"),
     "MODEL.RPN.ANCHOR_GRID": ("grid", "image"),
     "MODEL.RPN.LOSS_NORMALIZER": ("sampled", "batch"),
     "MODEL.RPN.CLS_LOSS": ("SigmoidCrossEntropy", "SigmoidFocalLoss"),
@@ -20,11 +19,22 @@ CHOICES = {
     "MODEL.ROI_HEADS.NMS_TYPE": ("MultiClassNMS", "MultiClassSoftNMS", "MultiClassCiouNMS"),
     "MODEL.ROI_BOX_HEAD.BBOX_LOSS": ("SmoothL1Loss", "GIoULoss", "DIoULoss", "CIoULoss"),
     "MODEL.ROI_BOX_CASCADE_HEAD.SCORE_AVERAGE": ("probabilities", "logits"),
-    "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR": ("ResNet50Conv5ROIFeatureExtractor", "FPN2MLPFeatureExtractor"),
+    "MODEL.RPN.RANK_BY": ("logit", "probability"),
+    "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR": (
+        "ResNet50Conv5ROIFeatureExtractor",
+        "FPN2MLPFeatureExtractor",
+        "FPNXconv1fcFeatureExtractor",
+    ),
     "MODEL.ROI_BOX_HEAD.PREDICTOR": ("FastRCNNPredictor", "FPNPredictor"),
     "MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR": ("ResNet50Conv5ROIFeatureExtractor", "MaskRCNNFPNFeatureExtractor"),
     "MODEL.ROI_MASK_HEAD.PREDICTOR": ("MaskRCNNC4Predictor",),
+    "MODEL.ROI_KEYPOINT_HEAD.FEATURE_EXTRACTOR": ("KeypointRCNNFeatureExtractor",),
+    "MODEL.ROI_KEYPOINT_HEAD.PREDICTOR": ("KeypointRCNNPredictor",),
+    "MODEL.ROI_KEYPOINT_HEAD.POSITIVES": ("object", "proposal", "all"),
+    "MODEL.RETINANET.LOSS_NORMALIZER": ("batch", "image", "moving_average"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RESIZE_ROUNDING": ("nearest", "down"),
+    "INPUT.RESIZE_BY": ("opencv", "pillow"),
     "SOLVER.OPTIMIZER": ("SGD", "AdamW", "ApexFusedSGD"),
     "SOLVER.LR_SCHEDULER": ("multistep", "cosine"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant", "mlperf_linear"),
@@ -47,6 +57,14 @@ POSITIVE = (
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
     "MODEL.ROI_HEADS.DETECTIONS_PER_IMG",
+    "MODEL.RETINANET.SCALES_PER_OCTAVE",
+    "MODEL.RETINANET.PRE_NMS_TOP_N",
+    "MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES",
+    "TEST.DETECTIONS_PER_IMG",
+    "MODEL.RESNETS.DEFORMABLE_GROUPS",
+    "MODEL.ROI_BOX_HEAD.NUM_STACKED_CONVS",
+    "MODEL.ROI_BOX_HEAD.DILATION",
+    "MODEL.ROI_MASK_HEAD.DILATION",
 )
 
 NOT_NEGATIVE = (
@@ -62,6 +80,9 @@ NOT_NEGATIVE = (
     "SOLVER.EVAL_PERIOD",
     "SOLVER.CHECKPOINTS_KEPT",
     "LOGGING.WARMUP_STEPS",
+    "MODEL.RETINANET.NUM_CONVS",
+    "MODEL.RETINANET.BBOX_REG_BETA",
+    "MODEL.RETINANET.LOSS_GAMMA",
 )
 
 # Lists: the type of an element, the least length, and whether elements must be above 0.
@@ -85,15 +106,21 @@ LISTS = {
     "MODEL.ROI_BOX_HEAD.POOLER_SCALES": (NUMBER, 1, True),
     "MODEL.ROI_MASK_HEAD.POOLER_SCALES": (NUMBER, 1, True),
     "MODEL.ROI_MASK_HEAD.CONV_LAYERS": (int, 1, True),
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_SCALES": (NUMBER, 1, True),
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_LAYERS": (int, 1, True),
+    "MODEL.RETINANET.ANCHOR_SIZES": (NUMBER, 5, True),
+    "MODEL.RETINANET.ANCHOR_STRIDES": (int, 5, True),
+    "MODEL.RETINANET.ASPECT_RATIOS": (NUMBER, 1, True),
+    "MODEL.RETINANET.BOX_CODER_WEIGHTS": (NUMBER, 4, True),
+    "MODEL.RESNETS.STAGE_WITH_DCN": (bool, 4, False),
     "SOLVER.STEPS": (int, 0, False),
     "TEST.BBOX_AUG.SCALES": (int, 0, True),
     "TEST.METRICS": (str, 0, False),
+    "TEST.KEYPOINT_SIGMAS": (NUMBER, 0, True),
     "TEST.EXPECTED_RESULTS": ((tuple, list), 0, False),
 }
 
-NOT_BUILT = ("MODEL.RPN_ONLY", "MODEL.RETINANET_ON", "MODEL.KEYPOINT_ON", "MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS")
-
-CONV_BODY = re.compile(r"R-(18|34|50|101|152)-(C4|FPN)")
+NOT_BUILT = ("MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS",)
 
 
 def get(cfg: CfgNode, key: str):
@@ -116,10 +143,7 @@ def check(cfg: CfgNode) -> None:
     for key, (kind, length, positive) in LISTS.items():
         _check_list(key, get(cfg, key), kind, length, positive)
     for key in NOT_BUILT:
-        if get(cfg, key):
-            raise ConfigError(
-                f"{key} is True, but this version builds Mask R-CNN and Faster R-CNN only; set it to False"
-            )
+        _require(not get(cfg, key), f"{key} is True, which this version does not build; set it to False")
     _check_input(cfg)
     _check_model(cfg)
     _check_cascade(cfg)
@@ -127,19 +151,32 @@ def check(cfg: CfgNode) -> None:
     _check_solver(cfg)
     _check_expected(cfg)
     _check_metrics(cfg)
+    if cfg.MODEL.RPN_ONLY and not cfg.MODEL.RETINANET_ON:
+        _check_rpn_only(cfg)
+
+
+def _check_rpn_only(cfg: CfgNode) -> None:
+    for key in ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "TEST.BBOX_AUG.ENABLED"):
+        _require(not get(cfg, key), f"{key} and MODEL.RPN_ONLY are both True; the RPN gives one view's boxes alone")
+    _require(
+        tuple(cfg.TEST.METRICS) == ("coco",),
+        f"TEST.METRICS is {tuple(cfg.TEST.METRICS)}, but of proposals (MODEL.RPN_ONLY) only average recall is known",
+    )
+    for key in ("MLPERF.MIN_BBOX_MAP", "MLPERF.MIN_SEGM_MAP"):
+        _require(not get(cfg, key), f"{key} is {get(cfg, key)}, but proposals (MODEL.RPN_ONLY) have no AP")
 
 
 def _check_list(key: str, values: list | tuple, kind: type | tuple[type, ...], length: int, positive: bool) -> None:
     _require(len(values) >= length, f"{key} is {values}; it needs at least {length} elements")
     for value in values:
-        right = isinstance(value, kind) and not isinstance(value, bool)
+        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         _require(right, f"{key} is {values}; its element {value!r} is a {type(value).__name__}")
         _require(not positive or value > 0, f"{key} is {values}; its elements must be above 0")
 
 
 def _check_input(cfg: CfgNode) -> None:
     means, stds = len(cfg.INPUT.PIXEL_MEAN), len(cfg.INPUT.PIXEL_STD)
-    _require(means == stds == 3, f"INPUT.PIXEL_MEAN has {means} and PIXEL_STD {stds} numbers; images have 3 channels")
+    _require(means == stds, f"INPUT.PIXEL_MEAN has {means} and PIXEL_STD {stds} numbers; both need one a channel")
     for shape in cfg.INPUT.FIXED_SHAPES:
         _check_list("INPUT.FIXED_SHAPES", shape, int, 2, True)
 
@@ -151,10 +188,12 @@ def _check_expected(cfg: CfgNode) -> None:
         numbers = [n for n in numbers if n is not None]
         numbers = numbers[0] if len(numbers) == 1 and isinstance(numbers[0], (tuple, list)) else numbers
         _require(
-            task in ("bbox", "segm") and isinstance(metric, str) and len(numbers) == 2,
-            f'TEST.EXPECTED_RESULTS: {entry!r} must be ["bbox" or "segm", metric, [mean, sigma]]',
+            task in ("bbox", "segm", "keypoints", "box_proposal") and isinstance(metric, str) and len(numbers) == 2,
+            f'TEST.EXPECTED_RESULTS: {entry!r} must be ["bbox", "segm", "keypoints" or "box_proposal", metric, '
+            "[mean, sigma]]",
         )
-        _require(task == "bbox" or cfg.MODEL.MASK_ON, "TEST.EXPECTED_RESULTS judges segm, but MODEL.MASK_ON is False")
+        switch = {"segm": "MODEL.MASK_ON", "keypoints": "MODEL.KEYPOINT_ON"}.get(task)
+        _require(switch is None or get(cfg, switch), f"TEST.EXPECTED_RESULTS judges {task}, but {switch} is False")
     _require(
         not cfg.TEST.EXPECTED_RESULTS or len(cfg.DATASETS.TEST) > 0,
         "TEST.EXPECTED_RESULTS is set, but DATASETS.TEST is empty: nothing would be judged",
@@ -177,13 +216,17 @@ def _require(holds: bool, message: str) -> None:
 def _check_model(cfg: CfgNode) -> None:
     model, rpn = cfg.MODEL, cfg.MODEL.RPN
     body = model.BACKBONE.CONV_BODY
+    fpn = parse(body).neck.startswith("FPN")
+    _require(0 <= model.BACKBONE.FREEZE_CONV_BODY_AT <= 5, "MODEL.BACKBONE.FREEZE_CONV_BODY_AT must be 0..5")
     _require(
-        CONV_BODY.fullmatch(body) is not None,
-        f"MODEL.BACKBONE.CONV_BODY is {body!r}; known are R-18, R-34, R-50, R-101, R-152 followed by -C4 or -FPN",
+        body.endswith("RETINANET") == model.RETINANET_ON,
+        f"MODEL.RETINANET_ON is {model.RETINANET_ON}, but MODEL.BACKBONE.CONV_BODY is {body}: "
+        "bodies that end in -FPN-RETINANET are RetinaNet's, and it needs one",
     )
-    fpn = body.endswith("FPN")
-    for key in ("MODEL.RPN.USE_FPN", "MODEL.ROI_HEADS.USE_FPN"):
-        _require(get(cfg, key) == fpn, f"{key} is {get(cfg, key)}, but MODEL.BACKBONE.CONV_BODY is {body}")
+    if model.RETINANET_ON:
+        _check_retinanet(cfg)
+        return
+    _require(fpn == rpn.USE_FPN, f"MODEL.RPN.USE_FPN is {rpn.USE_FPN}, but MODEL.BACKBONE.CONV_BODY is {body}")
     levels = 5 if fpn else 1
     _require(
         len(rpn.ANCHOR_STRIDE) == levels,
@@ -193,41 +236,98 @@ def _check_model(cfg: CfgNode) -> None:
         not fpn or len(rpn.ANCHOR_SIZES) == levels,
         f"MODEL.RPN.ANCHOR_SIZES has {len(rpn.ANCHOR_SIZES)} sizes; with FPN it needs one for each of {levels} levels",
     )
-    scales = tuple(1 / stride for stride in (rpn.ANCHOR_STRIDE[:4] if fpn else rpn.ANCHOR_STRIDE))
-    extractors = {"ROI_BOX_HEAD": "FPN2MLPFeatureExtractor", "ROI_MASK_HEAD": "MaskRCNNFPNFeatureExtractor"}
+    if fpn:
+        _check_divisibility(cfg)
+    _require(rpn.BG_IOU_THRESHOLD <= rpn.FG_IOU_THRESHOLD, "MODEL.RPN.BG_IOU_THRESHOLD is above FG_IOU_THRESHOLD")
+    if not model.RPN_ONLY:
+        _check_roi_heads(cfg)
+
+
+def _check_roi_heads(cfg: CfgNode) -> None:
+    model, body = cfg.MODEL, cfg.MODEL.BACKBONE.CONV_BODY
+    neck, heads, strides = parse(body).neck, model.ROI_HEADS, model.RPN.ANCHOR_STRIDE
+    fpn = neck == "FPN"
+    _require(
+        fpn == heads.USE_FPN, f"MODEL.ROI_HEADS.USE_FPN is {heads.USE_FPN}, but MODEL.BACKBONE.CONV_BODY is {body}"
+    )
+    scales = tuple(1 / stride for stride in (strides[:4] if fpn else strides))
+    if model.KEYPOINT_ON:
+        _check_keypoint_head(cfg, scales)
     for name in ("ROI_BOX_HEAD", "ROI_MASK_HEAD") if model.MASK_ON else ("ROI_BOX_HEAD",):
         head, key = model[name], f"MODEL.{name}"
         _require(
             tuple(head.POOLER_SCALES) == scales,
             f"{key}.POOLER_SCALES is {tuple(head.POOLER_SCALES)}, but the strides of {body} make it {scales}",
         )
+        res5 = head.FEATURE_EXTRACTOR == "ResNet50Conv5ROIFeatureExtractor"
         _require(
-            (extractors[name] == head.FEATURE_EXTRACTOR) == fpn,
-            f"{key}.FEATURE_EXTRACTOR is {head.FEATURE_EXTRACTOR}, which does not go with {body}",
-        )
-    if fpn:
-        _require(
-            cfg.DATALOADER.SIZE_DIVISIBILITY % 32 == 0 and cfg.DATALOADER.SIZE_DIVISIBILITY > 0,
-            f"DATALOADER.SIZE_DIVISIBILITY is {cfg.DATALOADER.SIZE_DIVISIBILITY}; FPN needs a multiple of 32",
+            res5 == (neck == "C4"), f"{key}.FEATURE_EXTRACTOR is {head.FEATURE_EXTRACTOR}; it does not go with {body}"
         )
     if model.MASK_ON:
-        _check_mask_head(cfg, fpn)
-    _require(0 <= model.BACKBONE.FREEZE_CONV_BODY_AT <= 5, "MODEL.BACKBONE.FREEZE_CONV_BODY_AT must be 0..5")
-    _require(rpn.BG_IOU_THRESHOLD <= rpn.FG_IOU_THRESHOLD, "MODEL.RPN.BG_IOU_THRESHOLD is above FG_IOU_THRESHOLD")
-    heads = model.ROI_HEADS
+        _check_mask_head(cfg, neck != "C4")
     _require(
         heads.BG_IOU_THRESHOLD <= heads.FG_IOU_THRESHOLD, "MODEL.ROI_HEADS.BG_IOU_THRESHOLD is above FG_IOU_THRESHOLD"
     )
 
 
-def _check_mask_head(cfg: CfgNode, fpn: bool) -> None:
+def _check_divisibility(cfg: CfgNode) -> None:
+    _require(
+        cfg.DATALOADER.SIZE_DIVISIBILITY % 32 == 0 and cfg.DATALOADER.SIZE_DIVISIBILITY > 0,
+        f"DATALOADER.SIZE_DIVISIBILITY is {cfg.DATALOADER.SIZE_DIVISIBILITY}; FPN needs a multiple of 32",
+    )
+
+
+def _check_retinanet(cfg: CfgNode) -> None:
+    keys = cfg.MODEL.RETINANET
+    for key in ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON"):
+        _require(not get(cfg, key), f"{key} and MODEL.RETINANET_ON are both True; RetinaNet detects boxes alone")
+    for key in ("ANCHOR_SIZES", "ANCHOR_STRIDES"):
+        _require(len(keys[key]) == 5, f"MODEL.RETINANET.{key} has {len(keys[key])} numbers; the levels P3 to P7 need 5")
+    _require(keys.NUM_CLASSES >= 2, f"MODEL.RETINANET.NUM_CLASSES is {keys.NUM_CLASSES}; with the background it is 2")
+    _require(
+        keys.BG_IOU_THRESHOLD <= keys.FG_IOU_THRESHOLD, "MODEL.RETINANET.BG_IOU_THRESHOLD is above FG_IOU_THRESHOLD"
+    )
+    _require(0 < keys.PRIOR_PROB < 1, f"MODEL.RETINANET.PRIOR_PROB is {keys.PRIOR_PROB}; it must be between 0 and 1")
+    _require(keys.BBOX_REG_WEIGHT > 0, f"MODEL.RETINANET.BBOX_REG_WEIGHT is {keys.BBOX_REG_WEIGHT}; it divides")
+    _check_divisibility(cfg)
+
+
+def _check_keypoint_head(cfg: CfgNode, scales: tuple[float, ...]) -> None:
+    head, key = cfg.MODEL.ROI_KEYPOINT_HEAD, "MODEL.ROI_KEYPOINT_HEAD"
+    _require(
+        not head.SHARE_BOX_FEATURE_EXTRACTOR,
+        f"{key}.SHARE_BOX_FEATURE_EXTRACTOR is True; the keypoint head has features of its own: set it to False",
+    )
+    _require(
+        tuple(head.POOLER_SCALES) == scales,
+        f"{key}.POOLER_SCALES is {tuple(head.POOLER_SCALES)}, but the strides of {cfg.MODEL.BACKBONE.CONV_BODY} make "
+        f"it {scales}",
+    )
+    _require(
+        head.RESOLUTION == 4 * head.POOLER_RESOLUTION,
+        f"{key}.RESOLUTION is {head.RESOLUTION}, but POOLER_RESOLUTION {head.POOLER_RESOLUTION} makes it "
+        f"{4 * head.POOLER_RESOLUTION}",
+    )
+    _require(
+        len(cfg.TEST.KEYPOINT_SIGMAS) in (0, head.NUM_CLASSES),
+        f"TEST.KEYPOINT_SIGMAS has {len(cfg.TEST.KEYPOINT_SIGMAS)} numbers for {head.NUM_CLASSES} keypoints "
+        f"({key}.NUM_CLASSES)",
+    )
+    _require(
+        not cfg.TEST.BBOX_AUG.ENABLED,
+        "TEST.BBOX_AUG.ENABLED and MODEL.KEYPOINT_ON are both True; keypoints of several views are not put together",
+    )
+
+
+def _check_mask_head(cfg: CfgNode, convolutions: bool) -> None:
+    """convolutions: the head has its own; with C4 it reads the box head's features."""
     head = cfg.MODEL.ROI_MASK_HEAD
     _require(
-        fpn != head.SHARE_BOX_FEATURE_EXTRACTOR,
+        convolutions != head.SHARE_BOX_FEATURE_EXTRACTOR,
         f"MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR is {head.SHARE_BOX_FEATURE_EXTRACTOR}; it must be "
-        f"{not fpn} with {cfg.MODEL.BACKBONE.CONV_BODY}",
+        f"{not convolutions} with {cfg.MODEL.BACKBONE.CONV_BODY}",
     )
-    resolution = head.POOLER_RESOLUTION * 2 if fpn else head.POOLER_RESOLUTION
+    resolution = head.POOLER_RESOLUTION * 2 if convolutions else head.POOLER_RESOLUTION
     _require(
         resolution == head.RESOLUTION,
         f"MODEL.ROI_MASK_HEAD.RESOLUTION is {head.RESOLUTION}, but POOLER_RESOLUTION {head.POOLER_RESOLUTION} makes "
@@ -245,7 +345,7 @@ def _check_cascade(cfg: CfgNode) -> None:
             f"{key}.{name} has {len(cascade[name])} stages, but IOUS has {len(cascade.IOUS)}",
         )
     _require(
-        cfg.MODEL.ROI_HEADS.USE_FPN or not cfg.MODEL.CASCADE_ON,
+        parse(cfg.MODEL.BACKBONE.CONV_BODY).neck == "FPN" or not cfg.MODEL.CASCADE_ON,
         f"MODEL.CASCADE_ON needs a body with FPN, not {cfg.MODEL.BACKBONE.CONV_BODY}",
     )
     _require(
@@ -256,11 +356,17 @@ def _check_cascade(cfg: CfgNode) -> None:
 
 def _check_options(cfg: CfgNode) -> None:
     """Values that would do nothing, or harm."""
-    aug = cfg.MODEL.AUG_FPN
+    body, aug = parse(cfg.MODEL.BACKBONE.CONV_BODY), cfg.MODEL.AUG_FPN
+    no_heads = cfg.MODEL.RPN_ONLY or cfg.MODEL.RETINANET_ON
     for name in ("RESIDUAL_AUGMENTATION", "CONSISTENT_SUPERVISION", "SOFT_ROI_SELECTION"):
+        fits = body.neck == "FPN" and (not body.width or name == "SOFT_ROI_SELECTION")
         _require(
-            cfg.MODEL.RPN.USE_FPN or not aug[name],
-            f"MODEL.AUG_FPN.{name} is True, but {cfg.MODEL.BACKBONE.CONV_BODY} has no pyramid",
+            fits or not aug[name],
+            f"MODEL.AUG_FPN.{name} is True, but {cfg.MODEL.BACKBONE.CONV_BODY} has no such pyramid; R-50-FPN has",
+        )
+        _require(
+            not (no_heads and aug[name] and name != "RESIDUAL_AUGMENTATION"),
+            f"MODEL.AUG_FPN.{name} is True, but there is no box head with RPN_ONLY or RETINANET_ON",
         )
     alpha, gamma = cfg.MODEL.RPN.FOCAL_LOSS_ALPHA, cfg.MODEL.RPN.FOCAL_LOSS_GAMMA
     _require(0 <= alpha <= 1 and gamma >= 0, f"MODEL.RPN.FOCAL_LOSS_ALPHA {alpha} must be 0..1, GAMMA {gamma} >= 0")

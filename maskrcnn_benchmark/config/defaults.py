@@ -20,7 +20,7 @@ _C.SAVE_CHECKPOINTS = True
 
 # ------------------------------------------------------------------------------------------------ model
 _C.MODEL = CN()
-# The only detector so far; Mask R-CNN and Faster R-CNN are both a GeneralizedRCNN
+# Upstream's name of every detector; RETINANET_ON, MASK_ON and KEYPOINT_ON tell them apart
 _C.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
 # auto, cpu, cuda, cuda:1, npu, mps, xpu or a plug-in's name; only auto may land on the CPU
 _C.MODEL.DEVICE = "auto"
@@ -37,13 +37,20 @@ _C.MODEL.CASCADE_ON = False
 # (+) Where MODEL.WEIGHT was made for other classes: class layers that do not fit keep their fresh weights, and the log
 # names them. False: another number of classes is an error
 _C.MODEL.REPLACE_HEADS = False
-# Upstream's switches of other detectors; True is refused until they are built
+# A region proposal network alone, judged by the average recall of its boxes. Upstream's RetinaNet yamls set it too,
+# where it says nothing more than RETINANET_ON
 _C.MODEL.RPN_ONLY = False
+# RetinaNet instead of a region-based detector
 _C.MODEL.RETINANET_ON = False
+# Predict keypoints (Keypoint R-CNN)
 _C.MODEL.KEYPOINT_ON = False
 
+# (+) The "+1" of Detectron and upstream: a box is named by its first and its last pixel and its width is x2 - x1 + 1.
+# It decides how boxes are clipped, resized, mirrored and pooled, masks cropped: docs/conventions.md lists every place
+_C.MODEL.LEGACY_PLUS_ONE = False
+
 _C.MODEL.BACKBONE = CN()
-# R-{18,34,50,101,152}-{C4,FPN}
+# R-{18,34,50,101,152}[vd]-{C4,C5,FPN,FPN-RETINANET} or HRNet-W{18,30,32,40,48}-FPN; vd: PaddleX's ResNet_vd
 _C.MODEL.BACKBONE.CONV_BODY = "R-50-C4"
 # How many stages from the stem on are frozen: 0 none, 2 the stem and res2
 _C.MODEL.BACKBONE.FREEZE_CONV_BODY_AT = 2
@@ -59,6 +66,12 @@ _C.MODEL.RESNETS.STRIDE_IN_1X1 = True
 _C.MODEL.RESNETS.NORM = "FrozenBN"
 # (+) Added to the variance of a frozen batch norm; upstream's published weights were trained with 0
 _C.MODEL.RESNETS.FROZEN_BN_EPS = 1e-5
+# Which of res2 .. res5 have deformable 3x3 convolutions (Dai et al. 2017)
+_C.MODEL.RESNETS.STAGE_WITH_DCN = (False, False, False, False)
+# Deformable convolutions weigh their taps too (version 2, Zhu et al. 2019)
+_C.MODEL.RESNETS.WITH_MODULATED_DCN = False
+# Equal parts of the channels that have offsets of their own
+_C.MODEL.RESNETS.DEFORMABLE_GROUPS = 1
 # Dilation of the 3x3 convolutions of res5
 _C.MODEL.RESNETS.RES5_DILATION = 1
 # Channels of every FPN level, or of C4
@@ -84,6 +97,51 @@ _C.MODEL.AUG_FPN.SUPERVISION_WEIGHT = 0.25
 # (+) RoI features are a learned sum of those from all levels, in place of the one that suits the box's size
 _C.MODEL.AUG_FPN.SOFT_ROI_SELECTION = False
 
+_C.MODEL.RETINANET = CN()
+# Classes and the background
+_C.MODEL.RETINANET.NUM_CLASSES = 81
+# (+) The head has a channel for the background too, never wanted in training (torchvision)
+_C.MODEL.RETINANET.BACKGROUND_CHANNEL = False
+# Anchor sides of each level, in pixels of the resized image, and the level's stride
+_C.MODEL.RETINANET.ANCHOR_SIZES = (32, 64, 128, 256, 512)
+_C.MODEL.RETINANET.ANCHOR_STRIDES = (8, 16, 32, 64, 128)
+# Height : width. MODEL.RPN.ANCHOR_ROUNDING and ANCHOR_GRID hold here too
+_C.MODEL.RETINANET.ASPECT_RATIOS = (0.5, 1.0, 2.0)
+# Sizes of a level: SCALES_PER_OCTAVE from ANCHOR_SIZES on, evenly up to OCTAVE times it
+_C.MODEL.RETINANET.OCTAVE = 2.0
+_C.MODEL.RETINANET.SCALES_PER_OCTAVE = 3
+# (+) These sizes are cut to whole pixels (torchvision)
+_C.MODEL.RETINANET.WHOLE_ANCHOR_SIZES = False
+# Anchors further outside the image than this take no part in the losses; -1 keeps all. Upstream's default is 0, but it
+# keeps all whatever is set
+_C.MODEL.RETINANET.STRADDLE_THRESH = -1
+# P6 is made of C5 (the paper) or of P5
+_C.MODEL.RETINANET.USE_C5 = True
+# 3x3 convolutions of each tower, before the last
+_C.MODEL.RETINANET.NUM_CONVS = 4
+# (+) Weights of dx, dy, dw, dh in the box coder; detectron2 and torchvision: 1
+_C.MODEL.RETINANET.BOX_CODER_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+# The box loss is divided by this, besides its normalizer
+_C.MODEL.RETINANET.BBOX_REG_WEIGHT = 4.0
+# Smooth L1's bend in the box loss; 0 is L1
+_C.MODEL.RETINANET.BBOX_REG_BETA = 0.11
+_C.MODEL.RETINANET.FG_IOU_THRESHOLD = 0.5
+_C.MODEL.RETINANET.BG_IOU_THRESHOLD = 0.4
+# The focal loss
+_C.MODEL.RETINANET.LOSS_ALPHA = 0.25
+_C.MODEL.RETINANET.LOSS_GAMMA = 2.0
+# (+) What divides the losses. batch: positives + images, the box loss positives. image: each image's positives
+# (torchvision). moving_average: of the positives over steps (detectron2)
+_C.MODEL.RETINANET.LOSS_NORMALIZER = "batch"
+# Probability of each class before training
+_C.MODEL.RETINANET.PRIOR_PROB = 0.01
+# Detections: pairs of anchor and class kept before NMS, a level; least score; IoU for NMS within a class
+_C.MODEL.RETINANET.PRE_NMS_TOP_N = 1000
+_C.MODEL.RETINANET.INFERENCE_TH = 0.05
+_C.MODEL.RETINANET.NMS_TH = 0.4
+# (+) Boxes are cut to the image before NMS, or after it (detectron2)
+_C.MODEL.RETINANET.CLIP_BEFORE_NMS = True
+
 _C.MODEL.GROUP_NORM = CN()
 # Channels of a group, or -1 to use NUM_GROUPS
 _C.MODEL.GROUP_NORM.DIM_PER_GP = -1
@@ -98,8 +156,11 @@ _C.MODEL.RPN.ANCHOR_SIZES = (32, 64, 128, 256, 512)
 _C.MODEL.RPN.ANCHOR_STRIDE = (16,)
 # Height : width
 _C.MODEL.RPN.ASPECT_RATIOS = (0.5, 1.0, 2.0)
-# (+) none: exact floats (detectron2). corners: rounded to whole pixels (torchvision)
+# (+) none: exact floats (detectron2). corners: rounded to whole pixels (torchvision). stride: sides rounded for an
+# anchor of the stride's size, then multiplied (upstream)
 _C.MODEL.RPN.ANCHOR_ROUNDING = "none"
+# (+) Where in a cell of the grid its anchors have their centre, in strides: 0 the corner, 0.5 the middle (upstream)
+_C.MODEL.RPN.ANCHOR_OFFSET = 0.0
 # (+) grid: strides from ANCHOR_STRIDE. image: padded image side // map side (torchvision)
 _C.MODEL.RPN.ANCHOR_GRID = "grid"
 # Anchors further outside the image than this take no part in the loss; -1 keeps all
@@ -131,6 +192,9 @@ _C.MODEL.RPN.LOSS_NORMALIZER = "sampled"
 _C.MODEL.RPN.CLS_LOSS = "SigmoidCrossEntropy"
 _C.MODEL.RPN.FOCAL_LOSS_ALPHA = 0.25
 _C.MODEL.RPN.FOCAL_LOSS_GAMMA = 2.0
+# (+) The best anchors are chosen by their logit or, as upstream does, by their probability, in which float32 makes
+# large logits equal
+_C.MODEL.RPN.RANK_BY = "logit"
 # (+) Channels of the RPN's 3x3 convolution; 0 for as many as it reads
 _C.MODEL.RPN.CONV_DIM = 0
 
@@ -155,7 +219,7 @@ _C.MODEL.ROI_HEADS.NMS_TYPE = "MultiClassNMS"
 _C.MODEL.ROI_HEADS.SOFT_NMS_SIGMA = 0.5
 
 _C.MODEL.ROI_BOX_HEAD = CN()
-# ResNet50Conv5ROIFeatureExtractor (C4) or FPN2MLPFeatureExtractor
+# ResNet50Conv5ROIFeatureExtractor (C4), FPN2MLPFeatureExtractor or FPNXconv1fcFeatureExtractor
 _C.MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR = "ResNet50Conv5ROIFeatureExtractor"
 # FastRCNNPredictor (C4: average pool first) or FPNPredictor
 _C.MODEL.ROI_BOX_HEAD.PREDICTOR = "FastRCNNPredictor"
@@ -169,6 +233,11 @@ _C.MODEL.ROI_BOX_HEAD.POOLER_ALIGNED = True
 # Classes and the background
 _C.MODEL.ROI_BOX_HEAD.NUM_CLASSES = 81
 _C.MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM = 1024
+# FPNXconv1fcFeatureExtractor: channels and number of its 3x3 convolutions, and their dilation
+_C.MODEL.ROI_BOX_HEAD.CONV_HEAD_DIM = 256
+_C.MODEL.ROI_BOX_HEAD.NUM_STACKED_CONVS = 4
+_C.MODEL.ROI_BOX_HEAD.DILATION = 1
+# Group norm after the head's convolutions, or after its fully connected layers where it has no convolutions
 _C.MODEL.ROI_BOX_HEAD.USE_GN = False
 # (+) Smooth L1's bend in the box loss; 0 is L1
 _C.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1.0
@@ -203,6 +272,8 @@ _C.MODEL.ROI_MASK_HEAD.POOLER_SCALES = (1.0 / 16,)
 _C.MODEL.ROI_MASK_HEAD.POOLER_ALIGNED = True
 # Channels of the 3x3 convolutions; the last also of the transposed convolution
 _C.MODEL.ROI_MASK_HEAD.CONV_LAYERS = (256, 256, 256, 256)
+# Dilation of these convolutions
+_C.MODEL.ROI_MASK_HEAD.DILATION = 1
 # Side of the predicted mask: twice the extractor's output
 _C.MODEL.ROI_MASK_HEAD.RESOLUTION = 14
 # C4: the mask head reads the box head's features
@@ -216,6 +287,28 @@ _C.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS = False
 _C.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD = 0.5
 # (+) Targets from bitmaps: unaligned RoIAlign's soft values (torchvision) or aligned and cut at .5 (detectron2)
 _C.MODEL.ROI_MASK_HEAD.SOFT_BITMAP_TARGETS = False
+# (+) Masks are pasted into boxes with corners cut to whole pixels (upstream, torchvision) or as they are (detectron2)
+_C.MODEL.ROI_MASK_HEAD.PASTE_WHOLE_PIXELS = False
+
+_C.MODEL.ROI_KEYPOINT_HEAD = CN()
+_C.MODEL.ROI_KEYPOINT_HEAD.FEATURE_EXTRACTOR = "KeypointRCNNFeatureExtractor"
+_C.MODEL.ROI_KEYPOINT_HEAD.PREDICTOR = "KeypointRCNNPredictor"
+_C.MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION = 14
+_C.MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO = 0
+_C.MODEL.ROI_KEYPOINT_HEAD.POOLER_SCALES = (1.0 / 16,)
+# (+) as for the box head
+_C.MODEL.ROI_KEYPOINT_HEAD.POOLER_ALIGNED = True
+# Channels of the 3x3 convolutions
+_C.MODEL.ROI_KEYPOINT_HEAD.CONV_LAYERS = (512,) * 8
+# Side of the predicted heat map: four times POOLER_RESOLUTION
+_C.MODEL.ROI_KEYPOINT_HEAD.RESOLUTION = 14
+# Keypoints of an object
+_C.MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES = 17
+# Upstream's default; the head has features of its own, so KEYPOINT_ON needs False
+_C.MODEL.ROI_KEYPOINT_HEAD.SHARE_BOX_FEATURE_EXTRACTOR = True
+# (+) Which positives the loss looks at. object: those whose object has a visible point in its own box. proposal: those
+# with one of its visible points in the proposal (detectron2). all (torchvision)
+_C.MODEL.ROI_KEYPOINT_HEAD.POSITIVES = "object"
 
 # ------------------------------------------------------------------------------------------------- data
 _C.INPUT = CN()
@@ -227,7 +320,14 @@ _C.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
 _C.INPUT.MAX_SIZE_TRAIN = 1333
 _C.INPUT.MIN_SIZE_TEST = 800
 _C.INPUT.MAX_SIZE_TEST = 1333
-# Mean and standard deviation, in the channel order and range that TO_BGR255 says
+# (+) nearest: both sides of a resized image are rounded (detectron2). down: the short side is exact, the long one cut
+# to a whole number (upstream)
+_C.INPUT.RESIZE_ROUNDING = "nearest"
+# (+) opencv: area average when shrinking, bilinear when enlarging. pillow: its antialiased bilinear filter (upstream,
+# detectron2), slower
+_C.INPUT.RESIZE_BY = "opencv"
+# Mean and standard deviation, in the channel order and range that TO_BGR255 says. As many as the model reads channels:
+# 3, or others through the Python interface (docs/models.md)
 _C.INPUT.PIXEL_MEAN = [102.9801, 115.9465, 122.7717]
 _C.INPUT.PIXEL_STD = [1.0, 1.0, 1.0]
 # The network reads BGR 0..255 (Caffe2's weights) or RGB 0..1 (torchvision's)
@@ -311,6 +411,10 @@ _C.MLPERF.STATUS = "onprem"
 _C.TEST = CN()
 # Images a step over all ranks
 _C.TEST.IMS_PER_BATCH = 8
+# RetinaNet: most detections an image; the other detectors take MODEL.ROI_HEADS.DETECTIONS_PER_IMG
+_C.TEST.DETECTIONS_PER_IMG = 100
+# (+) OKS sigma of each keypoint; COCO's own where there are 17 and none are given
+_C.TEST.KEYPOINT_SIGMAS = ()
 # (+) hotcoco (Rust, many times faster) or pycocotools (the reference)
 _C.TEST.EVALUATOR = "hotcoco"
 # (+) What is computed: coco, and also voc07 (11 points), voc (area under the curve), cityscapes (masks)

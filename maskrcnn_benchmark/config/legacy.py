@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from yacs.config import CfgNode
+
 from ..errors import ConfigError
+from .checks import get
+from .defaults import get_defaults
 
 logger = logging.getLogger(__name__)
 
 RENAMED = {
     "MODEL.BACKBONE.OUT_CHANNELS": "MODEL.RESNETS.BACKBONE_OUT_CHANNELS",
     "SAVE_CHECKPOINT": "SAVE_CHECKPOINTS",
+    "SOLVER.TEST_PERIOD": "SOLVER.EVAL_PERIOD",
     "INPUT.FLIP_PROB_TRAIN": "INPUT.HORIZONTAL_FLIP_PROB_TRAIN",
 }
 
@@ -20,15 +25,52 @@ NORMS = {"FixedBatchNorm": "FrozenBN", "BatchNorm": "BN", "SyncBatchNorm": "Sync
 # Upstream's keys whose work is done elsewhere here.
 WITHOUT_EFFECT = {
     "PATHS_CATALOG": "data sets are named in data/catalog.py and found under DATA.PATH",
+    "MODEL.ROI_MASK_HEAD.MLP_HEAD_DIM": "the mask head is convolutional",
+    "MODEL.ROI_KEYPOINT_HEAD.MLP_HEAD_DIM": "the keypoint head is convolutional",
     "AMP_VERBOSE": "mixed precision is torch.autocast, which has nothing to tell",
-    "TEST.DETECTIONS_PER_IMG": "the limit is MODEL.ROI_HEADS.DETECTIONS_PER_IMG",
 }
+
+# Keys in which projects differ without saying so: weights trained by one need its values (configs/conventions/*.yaml).
+# Upstream's yamls do not know them, and a yaml does not tell who will use it, so that nothing here is guessed.
+CONVENTIONS = (
+    "MODEL.LEGACY_PLUS_ONE",
+    "MODEL.RESNETS.FROZEN_BN_EPS",
+    *(f"MODEL.RPN.{key}" for key in ("ANCHOR_ROUNDING", "ANCHOR_OFFSET", "ANCHOR_GRID", "RANK_BY")),
+    *(f"MODEL.RPN.{key}" for key in ("SMOOTH_L1_BETA", "LOSS_NORMALIZER")),
+    *("MODEL.ROI_BOX_HEAD.POOLER_ALIGNED", "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA"),
+    *(f"MODEL.ROI_MASK_HEAD.{key}" for key in ("POOLER_ALIGNED", "SOFT_BITMAP_TARGETS", "PASTE_WHOLE_PIXELS")),
+    *("MODEL.ROI_KEYPOINT_HEAD.POOLER_ALIGNED", "MODEL.ROI_KEYPOINT_HEAD.POSITIVES"),
+    *(f"MODEL.RETINANET.{key}" for key in ("BACKGROUND_CHANNEL", "WHOLE_ANCHOR_SIZES", "BOX_CODER_WEIGHTS")),
+    *(f"MODEL.RETINANET.{key}" for key in ("LOSS_NORMALIZER", "CLIP_BEFORE_NMS")),
+    *("INPUT.RESIZE_ROUNDING", "INPUT.RESIZE_BY"),
+)
+
+
+def describe_conventions(cfg: CfgNode) -> str:
+    """For the log: which of the keys of CONVENTIONS are not at their defaults."""
+    defaults = get_defaults()
+    unlike = [f"{key} {get(cfg, key)}" for key in CONVENTIONS if get(cfg, key) != get(defaults, key)]
+    if not unlike:
+        return "conventions: the defaults; weights that another project trained need its own (docs/conventions.md)"
+    return f"conventions unlike the defaults: {', '.join(unlike)} (docs/conventions.md)"
+
+
+# Upstream's keys that name one of several parts, of which there is one here.
+ONE_VALUE = {"MODEL.RPN.RPN_HEAD": "SingleConvRPNHead"}
+
+FBNET = "FBNet is left out here; upstream maskrcnn-benchmark has it"
 
 
 def translate(values: dict[str, Any], source: str) -> dict[str, Any]:
     """Flat `{dotted key: value}` with upstream's names replaced by ours; what we have no name for passes through."""
     result: dict[str, Any] = {}
     for key, value in values.items():
+        if key.startswith("MODEL.FBNET.") or str(value).startswith("FBNet"):
+            raise ConfigError(f"{source}: {key} is {value!r}: {FBNET}")
+        if key in ONE_VALUE and value != ONE_VALUE[key]:
+            raise ConfigError(f"{source}: {key} is {value!r}; known is {ONE_VALUE[key]}")
+        if key in ONE_VALUE:
+            continue
         if key in WITHOUT_EFFECT:
             logger.warning("%s: %s has no effect: %s", source, key, WITHOUT_EFFECT[key])
         elif key in ("MODEL.RESNETS.TRANS_FUNC", "MODEL.RESNETS.STEM_FUNC"):

@@ -15,21 +15,27 @@ MEAN_COLOR = (123.675, 116.28, 103.53)
 
 
 class RandomFlip:
-    """Mirrors the image with a probability: "horizontal" (left and right) or "vertical" (top and bottom)."""
+    """Mirrors the image with a probability: "horizontal" (left and right) or "vertical" (top and bottom).
 
-    def __init__(self, flip_ratio: float = 0.5, direction: str = "horizontal") -> None:
+    plus_one: by maskrcnn-benchmark's arithmetic (geometry.py).
+    """
+
+    def __init__(self, flip_ratio: float = 0.5, direction: str = "horizontal", plus_one: bool = False) -> None:
         self.prob = number(f"{type(self).__name__} probability", flip_ratio, 0, 1)
         self.direction = choice("RandomFlip direction", direction, ("horizontal", "vertical"))
+        self.plus_one = plus_one
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        return geometry.mirror(sample, self.direction == "horizontal") if rng.random() < self.prob else sample
+        if rng.random() >= self.prob:
+            return sample
+        return geometry.mirror(sample, self.direction == "horizontal", self.plus_one)
 
 
 class RandomHorizontalFlip(RandomFlip):
-    """Mirrors left and right with probability `prob`: x becomes width - x."""
+    """Mirrors left and right with probability `prob`: x becomes width - x, with plus_one width - 1 - x."""
 
-    def __init__(self, prob: float = 0.5) -> None:
-        super().__init__(prob, "horizontal")
+    def __init__(self, prob: float = 0.5, plus_one: bool = False) -> None:
+        super().__init__(prob, "horizontal", plus_one)
 
 
 class RandomVerticalFlip(RandomFlip):

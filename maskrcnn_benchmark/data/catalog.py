@@ -27,6 +27,16 @@ CATALOG: dict[str, tuple[type, str, str]] = {
     "coco_2014_valminusminival": (CocoDataset, "val2014", "annotations/instances_valminusminival2014.json"),
     "coco_2017_train": (CocoDataset, "train2017", "annotations/instances_train2017.json"),
     "coco_2017_val": (CocoDataset, "val2017", "annotations/instances_val2017.json"),
+    "keypoints_coco_2014_train": (CocoDataset, "train2014", "annotations/person_keypoints_train2014.json"),
+    "keypoints_coco_2014_val": (CocoDataset, "val2014", "annotations/person_keypoints_val2014.json"),
+    "keypoints_coco_2014_minival": (CocoDataset, "val2014", "annotations/person_keypoints_minival2014.json"),
+    "keypoints_coco_2014_valminusminival": (
+        CocoDataset,
+        "val2014",
+        "annotations/person_keypoints_valminusminival2014.json",
+    ),
+    "keypoints_coco_2017_train": (CocoDataset, "train2017", "annotations/person_keypoints_train2017.json"),
+    "keypoints_coco_2017_val": (CocoDataset, "val2017", "annotations/person_keypoints_val2017.json"),
 }
 
 
@@ -46,20 +56,31 @@ def build_dataset(names: Sequence[str], cfg: CfgNode, training: bool) -> AnyData
 
     Raises ConfigError (unknown name), DataError (files).
     """
+    if len(cfg.INPUT.PIXEL_MEAN) != 3:
+        raise ConfigError(
+            f"INPUT.PIXEL_MEAN has {len(cfg.INPUT.PIXEL_MEAN)} numbers, so the model reads as many channels; data sets"
+            " give RGB images, so others reach it through its Python interface alone (docs/models.md)"
+        )
     if not names:
         raise ConfigError("no data set is named: fill DATASETS.TRAIN and DATASETS.TEST with names of data/catalog.py")
-    return open_datasets(names, cfg.DATA.PATH, training, cfg.MODEL.MASK_ON, cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES)
+    model, (_, count) = cfg.MODEL, num_classes(cfg)
+    return open_datasets(names, cfg.DATA.PATH, training, model.MASK_ON, count, model.KEYPOINT_ON)
 
 
 def open_datasets(
-    names: Sequence[str], root: str = "", training: bool = False, masks: bool = True, num_classes: int | None = None
+    names: Sequence[str],
+    root: str = "",
+    training: bool = False,
+    masks: bool = True,
+    num_classes: int | None = None,
+    keypoints: bool = False,
 ) -> AnyDataset:
     """`build_dataset` without a configuration. root: what DATA.PATH is there; num_classes: of Python data sets that do
     not name their classes."""
     datasets, parts = [], []
     for name in names:
         name, part = _split_name(name)
-        datasets.append(_open(name, root, training, masks, num_classes))
+        datasets.append(_open(name, root, training, masks, num_classes, keypoints))
         parts.append(range(len(datasets[-1]))[part])
         if not parts[-1]:
             raise DataError(f"no image of {name} is in the part asked for: it has {len(datasets[-1])}")
@@ -67,6 +88,13 @@ def open_datasets(
     if len(datasets) == 1 and len(parts[0]) == len(datasets[0]):
         return datasets[0]
     return JoinedDataset(datasets, parts)
+
+
+def is_sendable(name: str) -> bool:
+    """Whether the data set comes from files alone, and so can be read by one process for others. Python code, and a
+    class of your own in the catalogue, may hold what cannot be sent."""
+    name, _ = _split_name(name)
+    return not is_python_name(name) and CATALOG.get(name, (CocoDataset,))[0] is CocoDataset
 
 
 def read_source(name: str, root: str = "") -> Source:
@@ -84,12 +112,26 @@ def read_source(name: str, root: str = "") -> Source:
     return replace(source, content=content)
 
 
+def num_classes(cfg: CfgNode) -> tuple[str, int]:
+    """The key that says how many classes the model predicts, the background included, and what it says."""
+    head = "RETINANET" if cfg.MODEL.RETINANET_ON else "ROI_BOX_HEAD"
+    return f"MODEL.{head}.NUM_CLASSES", cfg.MODEL[head].NUM_CLASSES
+
+
 def check_num_classes(cfg: CfgNode, dataset: AnyDataset) -> None:
-    """Raises ConfigError when the model does not predict as many classes as the data set has."""
-    configured = cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
+    """Raises ConfigError when the model does not predict as many classes, or keypoints, as the data set has."""
+    points = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES
+    if cfg.MODEL.KEYPOINT_ON and points != len(dataset.skeleton):
+        raise ConfigError(
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES is {points}, but objects of {dataset.annotation_file} have"
+            f" {len(dataset.skeleton)} keypoints: set it to that"
+        )
+    if cfg.MODEL.RPN_ONLY and not cfg.MODEL.RETINANET_ON:
+        return  # proposals have no class
+    key, configured = num_classes(cfg)
     if configured != dataset.num_classes:
         raise ConfigError(
-            f"MODEL.ROI_BOX_HEAD.NUM_CLASSES is {configured}, but {dataset.annotation_file} has"
+            f"{key} is {configured}, but {dataset.annotation_file} has"
             f" {len(dataset.category_ids)} categories and the background: set it to {dataset.num_classes}"
         )
 
@@ -106,6 +148,12 @@ def check_same_categories(first: AnyDataset, second: AnyDataset) -> None:
             f" id {i}: {ours.get(i, 'missing')!r} there, {theirs.get(i, 'missing')!r} here; where a file just lacks a"
             " class, formats that find their classes take all by ?classes=NAME,NAME,..."
         )
+    ours, theirs = (dataset.skeleton.names if dataset.skeleton else () for dataset in (first, second))
+    if ours != theirs:
+        raise DataError(
+            f"{first.annotation_file} and {second.annotation_file} differ in their keypoints:"
+            f" {', '.join(ours)} there, {', '.join(theirs)} here"
+        )
 
 
 class JoinedDataset:
@@ -116,7 +164,7 @@ class JoinedDataset:
         self._places = [(number, index) for number, part in enumerate(parts) for index in part]
         first = self.datasets[0]
         self.category_ids, self.category_names = first.category_ids, first.category_names
-        self.num_classes = first.num_classes
+        self.num_classes, self.skeleton = first.num_classes, first.skeleton
         self.image_ids = [self.datasets[number].image_ids[index] for number, index in self._places]
         self.file_names = [self.datasets[number].file_names[index] for number, index in self._places]
         self.sizes = np.concatenate([d.sizes[list(part)] for d, part in zip(self.datasets, parts)])
@@ -151,14 +199,16 @@ def _split_name(name: str) -> tuple[str, slice]:
     return found[1], slice(*(int(bound) if bound else None for bound in found.group(2, 3)))
 
 
-def _open(name: str, root: str, training: bool, masks: bool, num_classes: int | None) -> CocoDataset | ItemDataset:
+def _open(
+    name: str, root: str, training: bool, masks: bool, num_classes: int | None, keypoints: bool
+) -> CocoDataset | ItemDataset:
     if is_python_name(name):
-        return ItemDataset(from_python(name, root), name, training, masks, num_classes)
+        return ItemDataset(from_python(name, root), name, training, masks, num_classes, keypoints)
     if formats.is_address(name):
         source = formats.read(name, root)
-        return CocoDataset(source.file, source.image_dir, training, masks, source.content)
+        return CocoDataset(source.file, source.image_dir, training, masks, source.content, keypoints)
     dataset_class, annotation_file, image_dir = _locate(name, root)
-    return dataset_class(annotation_file, image_dir, training=training, masks=masks)
+    return dataset_class(annotation_file, image_dir, training=training, masks=masks, keypoints=keypoints)
 
 
 def _locate(name: str, root: str) -> tuple[type, Path, Path]:

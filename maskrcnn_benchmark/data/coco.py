@@ -23,6 +23,7 @@ from ..ops.rle import sound_rle
 from .content import Source
 from .images import read_image
 from .json_stream import read_elements
+from .keypoints import Skeleton, of_categories
 from .sample import Polygons, Sample, offsets_of
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,8 @@ class PackedObjects:
 
     Tensors, because torch hands them to worker processes as shared memory, whether forked or spawned. `x_offsets`
     [A + 1] say where annotation a's part of x lies; polygon_offsets [Q + 1] index points.
-    boxes [A, 4] float32 xyxy; areas [A] float64, NaN where the file has none; rle and extras are bytes: a compressed
-    COCO RLE, and the annotation's further keys as JSON.
+    boxes [A, 4] float32 xyxy; areas [A] float64, NaN where the file has none; keypoints [A, K, 3] float32, K 0 where
+    they are not wanted; rle and extras are bytes: a compressed COCO RLE, and the annotation's further keys as JSON.
     """
 
     ids: Tensor
@@ -60,6 +61,7 @@ class PackedObjects:
     boxes: Tensor
     areas: Tensor
     crowds: Tensor
+    keypoints: Tensor
     points: Tensor
     polygon_offsets: Tensor
     instance_offsets: Tensor
@@ -91,10 +93,12 @@ class CocoDataset:
         training: `load` gives objects too, and a file without any usable one is an error.
         masks: keep the segmentations; then an object without a usable one is dropped.
         content: what a file of another format was read into; `annotation_file` is then for messages alone.
+        keypoints: keep the keypoints; then a category that has some is needed.
 
     Attributes:
         category_ids, category_names: label l (1..C, by rising category id) is `category_ids[l - 1]`.
         num_classes: C + 1, with the background.
+        skeleton: the keypoints, where they are wanted, or None.
         image_ids, file_names: by image index; sizes: [N, 2] int64 (height, width) as the file states them.
         counts: [N] int64, usable objects (no crowds) of each image.
         warnings: kind of problem (a key of PROBLEMS) -> annotation ids; each kind is logged once.
@@ -110,12 +114,13 @@ class CocoDataset:
         training: bool,
         masks: bool = True,
         content: dict[str, Any] | None = None,
+        keypoints: bool = False,
     ) -> None:
         self.annotation_file, self.image_dir = str(annotation_file), str(image_dir)
         self.training, self.masks = training, masks
         self._in_coco_file = content is None
         images, categories = [], []
-        packer = _Packer(self.annotation_file, masks)
+        packer = _Packer(self.annotation_file, masks, keypoints)
         take = {
             "images": lambda image: images.append({key: image.get(key) for key in _IMAGE_KEYS}),
             "categories": categories.append,
@@ -127,9 +132,10 @@ class CocoDataset:
         self.category_ids = sorted(names)
         self.category_names = [names[i] for i in self.category_ids]
         self.num_classes = len(names) + 1
+        self.skeleton = of_categories(categories, self.annotation_file) if keypoints else None
         self._read_images(images)
         check_files(self.image_dir, self.file_names, self.annotation_file)
-        self._objects, image_of = packer.finish(self.image_ids, self.sizes, self.category_ids)
+        self._objects, image_of = packer.finish(self.image_ids, self.sizes, self.category_ids, self.skeleton)
         self._offsets = np.searchsorted(image_of, np.arange(len(self) + 1))
         self.counts = np.bincount(image_of[~self._objects.crowds.numpy().astype(bool)], minlength=len(self))
         self.warnings = dict(packer.warnings)
@@ -162,6 +168,8 @@ class CocoDataset:
             if objects.rle_offsets[last] > objects.rle_offsets[first]:
                 sample.bitmaps = self._bitmaps(sample.polygons, first, size)
                 sample.polygons = None
+        if self.skeleton:
+            sample.keypoints, sample.keypoint_mirror = objects.keypoints[first:last].numpy(), self.skeleton.mirror
         return sample
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
@@ -227,8 +235,8 @@ class _Packer:
     columns: one number or more an annotation. ragged: values and, an annotation or polygon each, where they end.
     """
 
-    def __init__(self, file: str, masks: bool) -> None:
-        self.file, self.masks = file, masks
+    def __init__(self, file: str, masks: bool, keypoints: bool) -> None:
+        self.file, self.masks, self.wants_keypoints = file, masks, keypoints
         self.warnings: dict[str, list[int]] = defaultdict(list)
         self.seen = 0
         self.all_ids = array("q")
@@ -237,6 +245,7 @@ class _Packer:
         self.bounds, self.areas, self.crowds = array(real), array(real), array(byte)
         self.points, self.polygon_ends, self.instance_ends = array("f"), array(whole, [0]), array(whole, [0])
         self.rle, self.rle_ends, self.rle_sizes = array(byte), array(whole, [0]), array(whole)
+        self.keypoints, self.keypoint_ends = array("f"), array(whole, [0])
         self.extras, self.extras_ends = array(byte), array(whole, [0])
 
     def add(self, annotation: dict) -> None:
@@ -253,6 +262,7 @@ class _Packer:
             polygons, rle = self._segmentation(annotation)
             x, y, w, h = self._bbox(annotation, polygons, rle)
             area = math.nan if annotation.get("area") is None else float(annotation["area"])
+            self._take_keypoints(annotation)
             self.bounds.extend((x, y, x + w, y + h))
         except _Unusable as problem:
             self.warnings[str(problem)].append(annotation["id"])
@@ -261,7 +271,8 @@ class _Packer:
         except (TypeError, ValueError, KeyError) as error:
             raise DataError(
                 f"{self.file}: annotation id {annotation['id']}: bbox must be [x, y, width, height], and segmentation"
-                f" polygons [[x, y, x, y, ...], ...] or an RLE {{size, counts}}, and area a number:"
+                f" polygons [[x, y, x, y, ...], ...] or an RLE {{size, counts}}, area a number, and keypoints"
+                f" [x, y, v, x, y, v, ...]:"
                 f" {type(error).__name__} {error}"
             ) from error
         self._append(annotation, polygons if self.masks else [], rle if self.masks else None, area)
@@ -276,6 +287,7 @@ class _Packer:
             self.points.extend(polygon)
             self.polygon_ends.append(len(self.points) // 2)
         self.instance_ends.append(len(self.polygon_ends) - 1)
+        self.keypoint_ends.append(len(self.keypoints))
         self.rle.frombytes(rle["counts"].encode() if rle else b"")
         self.rle_ends.append(len(self.rle))
         self.rle_sizes.extend(rle["size"] if rle else (0, 0))
@@ -314,12 +326,20 @@ class _Packer:
             raise _Unusable("zero_area")
         return bbox
 
+    def _take_keypoints(self, annotation: dict) -> None:
+        if not self.wants_keypoints:
+            return
+        points = annotation.get("keypoints") or []
+        if not math.isfinite(sum(points)):
+            raise _Unusable("not_finite")
+        self.keypoints.extend(points)
+
     def finish(
-        self, image_ids: list[int], sizes: np.ndarray, category_ids: list[int]
+        self, image_ids: list[int], sizes: np.ndarray, category_ids: list[int], skeleton: Skeleton | None
     ) -> tuple[PackedObjects, np.ndarray]:
         """The usable annotations by image, an image's crowds last, and the image index of each.
 
-        Raises DataError: an image or category that is not there.
+        Raises DataError: an image or category that is not there, another number of keypoints than the skeleton's.
         """
         ids, crowds = np.array(self.ids, np.int64), np.array(self.crowds, np.uint8)
         image_of = self._lookup(self.images, np.array(image_ids, np.int64), "image")
@@ -338,6 +358,7 @@ class _Packer:
             "boxes": boxes[order].clip(0, limits).astype(np.float32),
             "areas": np.array(self.areas, np.float64)[order],
             "crowds": crowds[order],
+            "keypoints": self._dense_keypoints(order, len(skeleton or ())),
             "points": points.reshape(-1, 2),
             "polygon_offsets": polygon_offsets,
             "instance_offsets": instance_offsets,
@@ -384,6 +405,22 @@ class _Packer:
             if len(found):
                 self.warnings[kind] += found.tolist()
         return keep
+
+    def _dense_keypoints(self, order: np.ndarray, count: int) -> np.ndarray:
+        """[A, count, 3] of these annotations, zeros where there is none."""
+        dense = np.zeros((len(order), count, 3), np.float32)
+        if not count:
+            return dense
+        values, offsets = take_ragged(self.keypoints, self.keypoint_ends, order)
+        owned = np.diff(offsets)
+        wrong = np.flatnonzero((owned > 0) & (owned != 3 * count))
+        if len(wrong):
+            raise DataError(
+                f"{self.file}: annotation id {self.ids[order[wrong[0]]]} has {owned[wrong[0]]} numbers as keypoints;"
+                f" its categories name {count} keypoints, which take {3 * count}"
+            )
+        dense[owned > 0] = values.reshape(-1, count, 3)
+        return dense * (dense[..., 2:] > 0)
 
     def _polygons(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """points, polygon_offsets and instance_offsets of these annotations."""

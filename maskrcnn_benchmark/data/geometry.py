@@ -2,6 +2,9 @@
 
 Everything is an affine map of points, x' = A x + b, in pixels whose first one covers 0..1. What reaches beyond the
 image afterwards is cut off by `cut_to_image`.
+
+plus_one: maskrcnn-benchmark's arithmetic instead: points are positions of pixels, the first at 0, and of a box the
+first and the last pixel move.
 """
 
 from __future__ import annotations
@@ -10,37 +13,43 @@ from dataclasses import replace
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from .sample import Polygons, Sample
 
 GRAY = (128, 128, 128)
 
 
-def resize(sample: Sample, height: int, width: int) -> Sample:
-    """Pixels: bilinear when enlarging, area average when shrinking (antialiased); bitmaps bilinear, cut at .5."""
+def resize(sample: Sample, height: int, width: int, by: str = "opencv", plus_one: bool = False) -> Sample:
+    """Pixels: bilinear when enlarging, area average when shrinking (antialiased), or, by "pillow", its bilinear filter;
+    bitmaps bilinear, cut at .5, with plus_one at 1."""
     if (height, width) == sample.size:
         return sample
-    shrinks = height < sample.size[0] or width < sample.size[1]
-    image = cv2.resize(sample.image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    if by == "pillow":
+        image = np.array(Image.fromarray(sample.image).resize((width, height), Image.Resampling.BILINEAR))
+    else:
+        shrinks = height < sample.size[0] or width < sample.size[1]
+        image = cv2.resize(sample.image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     matrix = np.diag([width / sample.size[1], height / sample.size[0]])
     bitmaps = sample.bitmaps
     if bitmaps is not None:
-        resized = [cv2.resize(bitmap * 255, (width, height)) >= 128 for bitmap in bitmaps]
+        least = 255 if plus_one else 128
+        resized = [cv2.resize(bitmap * 255, (width, height)) >= least for bitmap in bitmaps]
         bitmaps = np.array(resized, np.uint8).reshape(len(bitmaps), height, width)
-    return _move(sample, matrix, (0, 0), image, bitmaps)
+    return _move(sample, matrix, (0, 0), image, bitmaps, plus_one)
 
 
-def mirror(sample: Sample, horizontally: bool) -> Sample:
-    """Left becomes right (x becomes width - x), or top becomes bottom."""
+def mirror(sample: Sample, horizontally: bool, plus_one: bool = False) -> Sample:
+    """Left becomes right (x becomes width - x, with plus_one width - 1 - x), or top becomes bottom."""
     height, width = sample.size
     if horizontally:
-        image, matrix, shift = cv2.flip(sample.image, 1), np.diag([-1, 1]), (width, 0)
+        image, matrix, shift = cv2.flip(sample.image, 1), np.diag([-1, 1]), (width - plus_one, 0)
     else:
-        image, matrix, shift = cv2.flip(sample.image, 0), np.diag([1, -1]), (0, height)
+        image, matrix, shift = cv2.flip(sample.image, 0), np.diag([1, -1]), (0, height - plus_one)
     bitmaps = sample.bitmaps
     if bitmaps is not None:
         bitmaps = np.ascontiguousarray(np.flip(bitmaps, 2 if horizontally else 1))
-    return _move(sample, matrix, shift, image, bitmaps)
+    return _move(sample, matrix, shift, image, bitmaps, plus_one)
 
 
 def crop(sample: Sample, left: int, top: int, width: int, height: int) -> Sample:
@@ -81,12 +90,18 @@ def warp(sample: Sample, matrix: np.ndarray, shift: np.ndarray, fill: tuple[int,
 
 
 def _move(
-    sample: Sample, matrix: np.ndarray, shift: tuple[float, float], image: np.ndarray, bitmaps: np.ndarray | None
+    sample: Sample,
+    matrix: np.ndarray,
+    shift: tuple[float, float],
+    image: np.ndarray,
+    bitmaps: np.ndarray | None,
+    plus_one: bool = False,
 ) -> Sample:
     """Boxes, polygons and keypoints through x' = matrix x + shift, beside the image and bitmaps that went already."""
     matrix, shift = np.asarray(matrix, np.float32), np.asarray(shift, np.float32)
-    corners = sample.boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]] @ matrix.T + shift
-    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+    last_pixel = np.array([0, 0, 1, 1] if plus_one else [0, 0, 0, 0], np.float32)
+    corners = (sample.boxes - last_pixel)[:, [[0, 1], [2, 1], [2, 3], [0, 3]]] @ matrix.T + shift
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1) + last_pixel
     polygons, keypoints = sample.polygons, sample.keypoints
     if polygons is not None:
         polygons = replace(polygons, points=polygons.points @ matrix.T + shift)
@@ -98,14 +113,18 @@ def _move(
     return replace(sample, image=image, boxes=boxes, polygons=polygons, bitmaps=bitmaps, keypoints=keypoints)
 
 
+def drop_small(sample: Sample, side: float) -> Sample:
+    """Without the objects whose box is not wider and higher than `side` pixels."""
+    keep = (sample.boxes[:, 2:] - sample.boxes[:, :2] > side).all(axis=1)
+    return sample if keep.all() else sample.select(keep)
+
+
 def clip_to_image(sample: Sample) -> Sample:
     """Boxes clipped to the image; objects whose box has no area then are dropped. Polygons may reach beyond the image:
     what lies there is never drawn."""
     height, width = sample.size
     boxes = np.clip(sample.boxes, 0, np.array([width, height, width, height], np.float32))
-    keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    sample = replace(sample, boxes=boxes)
-    return sample if keep.all() else sample.select(keep)
+    return drop_small(replace(sample, boxes=boxes), 0)
 
 
 def cut_to_image(sample: Sample) -> Sample:

@@ -20,6 +20,7 @@ from torch.utils.data import Subset
 
 from ..errors import ConfigError, DataError
 from .coco import content_of
+from .keypoints import PERSON, Skeleton, named
 from .transforms import Sample
 
 logger = logging.getLogger(__name__)
@@ -68,11 +69,13 @@ class ItemDataset:
     """Images and objects of a data set such as torchvision's tutorial has; attributes as CocoDataset's.
 
     `items[i]` is (image, target). Image: PIL, or [3, H, W] tensor, uint8 or float in 0..1, not normalized. Target:
-    boxes [N, 4] xyxy pixels, labels [N] from 1, and where they are wanted masks [N, H, W]; optional iscrowd, area,
-    keypoints. A crowd takes no part in training, nor does a box without area. Categories have the labels as ids, and
-    the names of `items.classes` where there are such (with or without a first one for the background).
+    boxes [N, 4] xyxy pixels, labels [N] from 1, and where they are wanted masks [N, H, W] and keypoints [N, K, 3];
+    optional iscrowd, area. A crowd takes no part in training, nor does a box without area. Categories have the labels
+    as ids, and the names of `items.classes` where there are such (with or without a first one for the background).
 
-    `get_height_and_width(i)` spares reading each image once at the start. An image's id is its index.
+    Keypoints are named by a list `items.keypoint_names`, without which they are COCO's 17 of a person: the names say
+    which are left and right. `get_height_and_width(i)` spares reading each image once at the start. An image's id is
+    its index.
 
     Args:
         name: for messages. num_classes: classes and the background, where `items` has no `classes`; None: as many as
@@ -82,8 +85,17 @@ class ItemDataset:
         DataError: an item that is not of this form.
     """
 
-    def __init__(self, items: Any, name: str, training: bool, masks: bool, num_classes: int | None = None) -> None:
+    def __init__(
+        self,
+        items: Any,
+        name: str,
+        training: bool,
+        masks: bool,
+        num_classes: int | None = None,
+        keypoints: bool = False,
+    ) -> None:
         self.items, self.annotation_file, self.training, self.masks = items, name, training, masks
+        self.skeleton = _skeleton(items, name) if keypoints else None
         count = len(items)
         if not count:
             raise DataError(f"{name} is empty")
@@ -118,6 +130,9 @@ class ItemDataset:
         sample = Sample(image, index, index, size, boxes[keep], labels[keep])
         if self.masks:
             sample.bitmaps = self._masks(index, target, (len(boxes), *size))[keep]
+        if self.skeleton:
+            sample.keypoints = self._keypoints(index, target, len(boxes))[keep]
+            sample.keypoint_mirror = self.skeleton.mirror
         return sample
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
@@ -179,8 +194,8 @@ class ItemDataset:
         if len(labels) and not 1 <= labels.min() <= labels.max() < self.num_classes:
             raise DataError(
                 f"{where} has labels {labels.min()}..{labels.max()}, but must have 1..{self.num_classes - 1} (0 is the"
-                " background): set MODEL.ROI_BOX_HEAD.NUM_CLASSES to the number of classes and one, or give the data"
-                " set a list `classes` of their names"
+                " background): set NUM_CLASSES of MODEL.ROI_BOX_HEAD (RetinaNet: MODEL.RETINANET) to their number and"
+                " one, or give the data set a list `classes` of their names"
             )
         return boxes, labels
 
@@ -191,6 +206,25 @@ class ItemDataset:
         if masks.shape != shape and masks.size:
             raise DataError(f"{self.annotation_file}: item {index} has masks {masks.shape}, but must have {shape}")
         return masks.reshape(shape)
+
+    def _keypoints(self, index: int, target: dict[str, Any], count: int) -> np.ndarray:
+        where = f"{self.annotation_file}: item {index}"
+        if "keypoints" not in target:
+            raise DataError(f"{where}: its target has no keypoints, but MODEL.KEYPOINT_ON is True")
+        points, shape = _array(target["keypoints"]).astype(np.float32), (count, len(self.skeleton), 3)
+        if points.shape != shape and (points.size or count):
+            raise DataError(
+                f"{where} has keypoints {points.shape}, but must have {shape}: give the data set a list"
+                " `keypoint_names` of what they are"
+            )
+        if not np.isfinite(points).all():
+            raise DataError(f"{where} has keypoints with NaN or infinite coordinates")
+        return points.reshape(shape) * (points.reshape(shape)[..., 2:] > 0)
+
+
+def _skeleton(items: Any, name: str) -> Skeleton:
+    names = getattr(_inner(items), "keypoint_names", None)
+    return named(names, name) if names else PERSON
 
 
 def _class_names(items: Any) -> list[str]:

@@ -77,7 +77,8 @@ def collate(
     masks = _collate_masks(samples, most, height, width)
     if bucketed and isinstance(masks, PolygonBatch):
         masks = _pad_polygons(masks)
-    return images, Targets(torch.from_numpy(boxes), torch.from_numpy(labels), torch.from_numpy(valid), masks)
+    boxes, labels, valid = torch.from_numpy(boxes), torch.from_numpy(labels), torch.from_numpy(valid)
+    return images, Targets(boxes, labels, valid, masks, _collate_keypoints(samples, most))
 
 
 def _padded_size(
@@ -117,6 +118,15 @@ def _collate_masks(samples: Sequence[Sample], most: int, height: int, width: int
     )
 
 
+def _collate_keypoints(samples: Sequence[Sample], most: int) -> Tensor | None:
+    if samples[0].keypoints is None:
+        return None
+    keypoints = np.zeros((len(samples), most, *samples[0].keypoints.shape[1:]), np.float32)
+    for row, sample in enumerate(samples):
+        keypoints[row, : len(sample.boxes)] = sample.keypoints
+    return torch.from_numpy(keypoints)
+
+
 def _bucket(count: int) -> int:
     """The next of 8, 16, 32, ..."""
     return max(8, 1 << (count - 1).bit_length())
@@ -154,7 +164,7 @@ class BatchReader(Dataset):
             for place, index in enumerate(indices, start=first):
                 # Not the worker's generator: then the number of workers would change the images.
                 rng = np.random.default_rng((self.seed % 2**63, epoch, place))
-                samples.append(self.transforms(self.dataset.load(index), rng, self._draw))
+                samples.append(self.transforms(self.dataset.load(index), rng, self._draw, epoch))
             images, targets, shape = self._collate(samples, number)
             if get_worker_info() is not None:
                 images, targets = images.share_memory(), targets.share_memory()

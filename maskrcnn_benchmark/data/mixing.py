@@ -16,24 +16,30 @@ Draw = Callable[[np.random.Generator], Sample]
 
 
 class Mixing:
-    """A transform that is called with a function that draws a partner, too."""
+    """A transform that is called with a function that draws a partner, and with the epoch from 0, too."""
 
-    def __call__(self, sample: Sample, rng: np.random.Generator, draw: Draw) -> Sample:
+    def __call__(self, sample: Sample, rng: np.random.Generator, draw: Draw, epoch: int = 0) -> Sample:
         raise NotImplementedError
 
 
 class MixupImage(Mixing):
     """PaddleX's: both images laid over each other from the top left corner, on black, with the objects of both.
 
-    Args: alpha, beta: the first one's share is drawn from this beta distribution; prob: of it.
+    Args:
+        alpha, beta: the first one's share is drawn from this beta distribution.
+        mixup_epoch: it is done in the first so many epochs, and in none for -1 (PaddleX's default); None: in all.
+        prob: of it.
     """
 
-    def __init__(self, alpha: float = 1.5, beta: float = 1.5, prob: float = 1.0) -> None:
+    def __init__(
+        self, alpha: float = 1.5, beta: float = 1.5, mixup_epoch: int | None = None, prob: float = 1.0
+    ) -> None:
         self.alpha, self.beta = number("MixupImage alpha", alpha, 1e-3), number("MixupImage beta", beta, 1e-3)
+        self.epochs = float("inf") if mixup_epoch is None else number("MixupImage mixup_epoch", mixup_epoch, -1)
         self.prob = number("MixupImage prob", prob, 0, 1)
 
-    def __call__(self, sample: Sample, rng: np.random.Generator, draw: Draw) -> Sample:
-        if rng.random() >= self.prob:
+    def __call__(self, sample: Sample, rng: np.random.Generator, draw: Draw, epoch: int = 0) -> Sample:
+        if epoch >= self.epochs or rng.random() >= self.prob:
             return sample
         share, partner = rng.beta(self.alpha, self.beta), draw(rng)
         height, width = np.maximum(sample.size, partner.size).tolist()
@@ -60,7 +66,7 @@ class CopyPaste(Mixing):
         self.prob, self.share = number("CopyPaste prob", prob, 0, 1), number("CopyPaste share", share, 0, 1)
         self.transforms = list(transforms)
 
-    def __call__(self, sample: Sample, rng: np.random.Generator, draw: Draw) -> Sample:
+    def __call__(self, sample: Sample, rng: np.random.Generator, draw: Draw, epoch: int = 0) -> Sample:
         if rng.random() >= self.prob:
             return sample
         partner = draw(rng)
@@ -85,5 +91,15 @@ def paste(sample: Sample, partner: Sample) -> Sample:
     hidden = (bitmaps & over).any(axis=(1, 2))
     bounds = geometry.mask_bounds(below)
     below.boxes = np.where(hidden[:, None], bounds, sample.boxes)
+    if sample.keypoints is not None:
+        below.keypoints = _hide(sample.keypoints, over)
     image = np.where(over[..., None], partner.image, sample.image)
     return geometry.clip_to_image(replace(below.join(partner), image=image))
+
+
+def _hide(keypoints: np.ndarray, over: np.ndarray) -> np.ndarray:
+    """keypoints [G, K, 3], those that can be seen and lie where `over` [H, W] is True as hidden ones."""
+    x, y = (keypoints[..., axis].astype(np.int64).clip(0, over.shape[1 - axis] - 1) for axis in (0, 1))
+    hidden = keypoints.copy()
+    hidden[..., 2] = np.where(over[y, x], np.minimum(keypoints[..., 2], 1), keypoints[..., 2])
+    return hidden

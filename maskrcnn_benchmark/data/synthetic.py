@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -24,7 +24,12 @@ _TINTS = {
     "star": (230, 190, 50),
     "cross": (165, 75, 190),
 }
+# Each shape's keypoints: its centre, and near its outermost points in the image. Lines join them to the centre
+KEYPOINTS = ("centre", "left", "top", "right", "bottom")
+# How far from the centre to the outermost point they lie: on the shape, not on its edge
+_REACH = 0.85
 MIN_SIDE = 32
+_SHAPES = {"supercategory": "shape", "keypoints": KEYPOINTS, "skeleton": [[1, n] for n in range(2, 6)]}
 # Shapes are drawn and outlined this many times finer than the pixels.
 _FINE = 4
 # Less of a shape than this in sight, or fewer pixels, and it is put elsewhere.
@@ -32,6 +37,14 @@ _MIN_VISIBLE, _MIN_AREA = 0.3, 40
 # Radii of the shapes, over the image's short side
 _RADII = (0.06, 0.3)
 _TRIES = 10
+
+
+class Shape(NamedTuple):
+    """category_id, the polygons [p, 2] of what is visible, and keypoints [K, 3] (x, y, visibility)."""
+
+    category_id: int
+    polygons: list[np.ndarray]
+    keypoints: np.ndarray
 
 
 def generate(
@@ -44,8 +57,9 @@ def generate(
 ) -> None:
     """Writes a COCO directory: annotations/instances_{train,val}2017.json, train2017/*.jpg, val2017/*.jpg.
 
-    Masks are polygons of what is visible; bbox bounds them, area counts their pixels as pycocotools draws them. The
-    same arguments give the same annotations and pixels. The directory appears whole or not at all.
+    Masks are polygons of what is visible; bbox bounds them, area counts their pixels as pycocotools draws them.
+    Keypoints that another shape hides have visibility 1, those outside the image 0. The same
+    arguments give the same annotations and pixels. The directory appears whole or not at all.
 
     Args:
         output_dir: a new or empty directory. size: (height, width) of the images.
@@ -78,22 +92,21 @@ def _write_split(
         _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
         (root / split / name).write_bytes(data.tobytes())
         images.append({"id": image_id, "file_name": name, "height": size[0], "width": size[1]})
-        for category_id, polygons in shapes:
-            annotations.append(_annotation(len(annotations) + 1, image_id, category_id, polygons, size))
+        for shape in shapes:
+            annotations.append(_annotation(len(annotations) + 1, image_id, shape, size))
     content = {
         "info": {"description": f"synthetic shapes, {split}, seed {seed[0]}"},
         "licenses": [],
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": i, "name": name, "supercategory": "shape"} for i, name in CATEGORIES.items()],
+        "categories": [{"id": i, "name": name} | _SHAPES for i, name in CATEGORIES.items()],
     }
     (root / "annotations").mkdir(exist_ok=True)
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _annotation(
-    number: int, image_id: int, category_id: int, polygons: list[np.ndarray], size: tuple[int, int]
-) -> dict[str, Any]:
+def _annotation(number: int, image_id: int, shape: Shape, size: tuple[int, int]) -> dict[str, Any]:
+    category_id, polygons, keypoints = shape
     flat = [polygon.ravel().tolist() for polygon in polygons]
     points = np.concatenate(polygons)
     low, high = points.min(axis=0), points.max(axis=0)
@@ -106,13 +119,15 @@ def _annotation(
         "area": int(coco_mask.area(rle)),
         "bbox": [*low.tolist(), *(high - low).tolist()],
         "iscrowd": 0,
+        "keypoints": keypoints.ravel().tolist(),
+        "num_keypoints": int((keypoints[:, 2] > 0).sum()),
     }
 
 
 def draw_image(
     rng: np.random.Generator, size: tuple[int, int], objects: tuple[int, int]
-) -> tuple[np.ndarray, list[tuple[int, list[np.ndarray]]]]:
-    """One picture [H, W, 3] uint8 RGB, and of each shape its category id and the polygons [p, 2] of what is visible.
+) -> tuple[np.ndarray, list[Shape]]:
+    """One picture [H, W, 3] uint8 RGB, and its shapes.
 
     Shapes are placed from the front to the back: each new one lies behind those before.
     """
@@ -120,7 +135,7 @@ def draw_image(
     image = _background(rng, size)
     colors = [np.array(cv2.mean(image)[:3])]
     taken = np.zeros((height * _FINE, width * _FINE), np.uint8)
-    shapes: list[tuple[int, list[np.ndarray]]] = []
+    shapes: list[Shape] = []
     wanted = int(rng.integers(objects[0], objects[1], endpoint=True))
     for _ in range(wanted * _TRIES):
         category_id = int(rng.choice(list(CATEGORIES)))
@@ -137,7 +152,7 @@ def draw_image(
         # Area averages blend the edges, as a camera would.
         alpha = cv2.resize(visible, (width, height), interpolation=cv2.INTER_AREA)[..., None]
         image += np.float32(1 / 255) * alpha * (_texture(rng, size, colors[-1]) - image)
-        shapes.append((category_id, polygons))
+        shapes.append(Shape(category_id, polygons, _keypoints(outline, visible)))
         if len(shapes) == wanted:
             break
     image += 4 * rng.standard_normal(image.shape, np.float32)
@@ -165,6 +180,18 @@ def _outline(rng: np.random.Generator, name: str, size: tuple[int, int]) -> np.n
     radius = min(size) * np.exp(rng.uniform(*np.log(_RADII)))
     center = rng.uniform(0, 1, 2) * (size[1], size[0])
     return corners * (stretch, 1 / stretch) @ rotation.T * radius + center
+
+
+def _keypoints(outline: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """[K, 3] (x, y, visibility) of a shape of corners [n, 2], of which `visible`, a fine bitmap, is in sight."""
+    low, high = outline.argmin(axis=0), outline.argmax(axis=0)
+    outermost = outline[[low[0], low[1], high[0], high[1]]]
+    centre = outline.mean(axis=0)
+    points = np.concatenate([centre[None], centre + _REACH * (outermost - centre)]).round(2)
+    x, y = np.floor(points * _FINE).astype(int).T
+    inside = (x >= 0) & (y >= 0) & (x < visible.shape[1]) & (y < visible.shape[0])
+    seen = visible[np.where(inside, y, 0), np.where(inside, x, 0)] > 0
+    return np.concatenate([points, 1.0 + seen[:, None]], axis=1) * inside[:, None]
 
 
 def _polygons(visible: np.ndarray) -> list[np.ndarray]:

@@ -48,13 +48,13 @@ class Compose:
     def __init__(self, transforms: Sequence[Transform | Mapping[str, Any]]) -> None:
         self.transforms = tuple(build(transform) for transform in transforms)
 
-    def __call__(self, sample: Sample, rng: np.random.Generator, draw: Draw | None = None) -> Sample:
-        """draw: gives another image of the data set, for the transforms that mix two."""
+    def __call__(self, sample: Sample, rng: np.random.Generator, draw: Draw | None = None, epoch: int = 0) -> Sample:
+        """draw: gives another image of the data set, for transforms that mix two; epoch: from 0, for those that end."""
         for transform in self.transforms:
             if not isinstance(transform, Mixing):
                 sample = transform(sample, rng)
             elif draw is not None:
-                sample = transform(sample, rng, draw)
+                sample = transform(sample, rng, draw, epoch)
             else:
                 raise ConfigError(
                     f"{type(transform).__name__} mixes images of a data set, and here is none: leave it out"
@@ -71,28 +71,47 @@ class Compose:
 class ResizeShortSide:
     """Resizes to a short side of `size`, less where the long side would exceed `max_size`.
 
-    scale = min(size / short, max_size / long) and a new side is int(side * scale + .5), as in detectron2. Boxes and
-    points follow the ratio of the whole-numbered sides, per axis. How pixels are interpolated: geometry.resize.
+    Boxes and points follow the ratio of the whole-numbered sides, per axis. How pixels are interpolated:
+    geometry.resize.
 
     Args:
         sizes: short sides in pixels. sampling "choice": one of them is drawn; "range": any whole number from the first
             to the second.
         max_size: longest side allowed, in pixels; above 0.
+        rounding "nearest": scale = min(size / short, max_size / long) and a new side is int(side * scale + .5), as in
+            detectron2; "down": the short side is `size`, or, where the long one would exceed max_size, what is nearest
+            to max_size * short / long, and the long one int(size * long / short), as in maskrcnn-benchmark.
+        by, plus_one: of geometry.resize.
     """
 
-    def __init__(self, sizes: Sequence[int], max_size: int, sampling: str = "choice") -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        max_size: int,
+        sampling: str = "choice",
+        rounding: str = "nearest",
+        by: str = "opencv",
+        plus_one: bool = False,
+    ) -> None:
         name = type(self).__name__
         self.sizes = tuple(number(f"{name}: a size", size, 1) for size in sizes)
         self.max_size = number(f"{name} max_size", max_size, 1)
         self.sampling = choice(f"{name} sampling", sampling, ("choice", "range"))
+        self.rounding = choice(f"{name} rounding", rounding, ("nearest", "down"))
+        self.by, self.plus_one = choice(f"{name} by", by, ("opencv", "pillow")), plus_one
         if not self.sizes or (sampling == "range" and (len(self.sizes) != 2 or self.sizes[0] > self.sizes[1])):
             raise ConfigError(f"{name} needs one size or more, and (least, most) for a range, not {self.sizes}")
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        return geometry.resize(sample, *self.new_size(sample.size, self._draw(rng)))
+        return geometry.resize(sample, *self.new_size(sample.size, self._draw(rng)), self.by, self.plus_one)
 
     def new_size(self, size: tuple[int, int], short: int) -> tuple[int, int]:
         """The (height, width) that an image of `size` gets for a short side of `short`."""
+        if self.rounding == "down":
+            least, most = min(size), max(size)
+            if most / least * short > self.max_size:
+                short = max(1, round(self.max_size * least / most))
+            return tuple(short if side == least else int(short * most / least) for side in size)
         scale = min(short / min(size), self.max_size / max(size))
         return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
@@ -108,6 +127,16 @@ class ResizeByShort(ResizeShortSide):
     def __init__(self, short_size: int | Sequence[int] = 800, max_size: int = 1333) -> None:
         sizes = short_size if isinstance(short_size, Sequence) else (short_size,)
         super().__init__(sizes, float("inf") if max_size == -1 else max_size)
+
+
+class DropSmall:
+    """Drops the objects whose box is not wider and higher than `side` pixels."""
+
+    def __init__(self, side: float) -> None:
+        self.side = number(f"{type(self).__name__} side", side, 0)
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return geometry.drop_small(sample, self.side)
 
 
 class Resize:
@@ -198,7 +227,7 @@ class Normalize:
 TRANSFORMS: dict[str, type] = {
     transform.__name__: transform
     for transform in (
-        *(ResizeShortSide, ResizeByShort, Resize, Padding, Pad, Normalize),
+        *(ResizeShortSide, ResizeByShort, Resize, DropSmall, Padding, Pad, Normalize),
         *(RandomHorizontalFlip, RandomVerticalFlip, RandomFlip, RandomExpand, RandomCrop, LargeScaleJitter),
         *(ColorJitter, RandomDistort, MixupImage, CopyPaste),
         *(AutoAugment, Rotate, Translate, Shear),
@@ -232,13 +261,17 @@ def build(spec: Any) -> Any:
 
 def build_transforms(cfg: CfgNode, training: bool) -> Compose:
     """What INPUT asks for."""
+    keys, plus_one = cfg.INPUT, cfg.MODEL.LEGACY_PLUS_ONE
+    resizing = {"rounding": keys.RESIZE_ROUNDING, "by": keys.RESIZE_BY, "plus_one": plus_one}
     if not training:
-        return Compose([ResizeShortSide((cfg.INPUT.MIN_SIZE_TEST,), cfg.INPUT.MAX_SIZE_TEST)])
-    if not cfg.INPUT.TRANSFORMS:
-        resize = ResizeShortSide(cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
-        # The flip first: before it is enlarged, an image is less to turn around.
-        return Compose([RandomHorizontalFlip(cfg.INPUT.HORIZONTAL_FLIP_PROB_TRAIN), resize])
-    compose = Compose(cfg.INPUT.TRANSFORMS)
+        return Compose([ResizeShortSide((keys.MIN_SIZE_TEST,), keys.MAX_SIZE_TEST, **resizing)])
+    if not keys.TRANSFORMS:
+        resize = ResizeShortSide(keys.MIN_SIZE_TRAIN, keys.MAX_SIZE_TRAIN, keys.MIN_SIZE_TRAIN_SAMPLING, **resizing)
+        flip = RandomHorizontalFlip(keys.HORIZONTAL_FLIP_PROB_TRAIN, plus_one)
+        if plus_one:  # in maskrcnn-benchmark's order, which matters there: pixels' positions scale, widths do not
+            return Compose([DropSmall(1), resize, flip])
+        return Compose([flip, resize])  # the flip first: before it is enlarged, an image is less to turn around
+    compose = Compose(keys.TRANSFORMS)
     for transform in compose.transforms:
         if isinstance(transform, Normalize):
             transform.check(cfg)

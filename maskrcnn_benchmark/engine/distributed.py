@@ -7,16 +7,19 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..device import Device
+from ..errors import UserError
+
+T = TypeVar("T")
 
 # How long ranks wait for each other: the others wait while the main rank scores a large test set.
 WAIT = timedelta(hours=1)
@@ -74,6 +77,22 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` gives on the main rank, on every rank; or the UserError that it raised there, so that none waits."""
+    if not dist.is_initialized():
+        return make()
+    outcome: T | UserError | None = None
+    if is_main():
+        try:
+            outcome = make()
+        except UserError as error:
+            outcome = error
+    outcome = broadcast(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 def mean(tensor: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from ..data.catalog import build_dataset, check_num_classes
 from ..data.coco import CocoDataset
 from ..data.loader import test_loader
 from ..device import Device
@@ -25,7 +24,7 @@ from ..report.console import progress
 from ..report.visualize import draw_results, side_by_side
 from . import distributed, scoring
 from .checkpoint import write_atomically
-from .views import detect, view_configs
+from .views import detect, results_options, view_configs
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +40,13 @@ def infer(cfg: CfgNode, device: Device, model: nn.Module, dataset: CocoDataset) 
     configs, mirrored = zip(*view_configs(cfg))
     ranks = distributed.rank(), distributed.world_size()
     loaders = [test_loader(view, dataset, device, *ranks) for view in configs]
-    threshold = cfg.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD
+    options = results_options(cfg)
     results, seen = [], []
     for loaded in progress(zip(*loaders), len(loaders[0]), "inference"):
         views = [images for images, _ in loaded]
         with device.autocast(getattr(torch, cfg.DTYPE)):
             detections = detect(model, views, mirrored)
-        results.append(detections_to_results(detections.to("cpu"), views[0], dataset.category_ids, threshold))
+        results.append(detections_to_results(detections.to("cpu"), views[0], dataset.category_ids, **options))
         seen += views[0].image_ids
     model.train(was_training)
     shards = distributed.gather((results, seen))
@@ -57,14 +56,6 @@ def infer(cfg: CfgNode, device: Device, model: nn.Module, dataset: CocoDataset) 
     if every != sorted(dataset.image_ids):
         raise DataError(f"{dataset.annotation_file}: {len(every)} images evaluated, but it has {len(dataset)}")
     return concatenate([part for parts, _ in shards for part in parts])
-
-
-def test_datasets(cfg: CfgNode) -> dict[str, CocoDataset]:
-    """The data sets of DATASETS.TEST by name, checked against the model's number of classes."""
-    datasets = {name: build_dataset((name,), cfg, training=False) for name in cfg.DATASETS.TEST}
-    for dataset in datasets.values():
-        check_num_classes(cfg, dataset)
-    return datasets
 
 
 def evaluate_model(
@@ -84,7 +75,6 @@ def run_model(
     """What is left to score after the model has seen every image, on the main rank; None on the others. Results will be
     kept as OUTPUT/inference/NAME.json, their curves, class tables and confusion as NAME_details.{json,html}; a few
     images with truth and predictions are written as OUTPUT/predictions/*.png."""
-    tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     requests = []
     for name, dataset in datasets.items():
         results = infer(cfg, device, model, dataset)
@@ -93,9 +83,17 @@ def run_model(
         path = output / "inference" / f"{re.sub(r'[^0-9A-Za-z_.-]+', '_', name)}.json"
         pictures = output / "predictions" / (path.stem if len(datasets) > 1 else "")
         draw_pictures(dataset, results, pictures, cfg.LOGGING.PREDICTION_IMAGES)
-        judged_by = (tasks, tuple(cfg.TEST.METRICS), cfg.TEST.EVALUATOR)
-        requests.append(scoring.Request(name, dataset.ground_truth(), dataset.image_ids, results, *judged_by, path))
+        judged_by = (tasks_of(cfg), tuple(cfg.TEST.METRICS), cfg.TEST.EVALUATOR, path, tuple(cfg.TEST.KEYPOINT_SIGMAS))
+        requests.append(scoring.Request(name, dataset.ground_truth(), dataset.image_ids, results, *judged_by))
     return requests or None
+
+
+def tasks_of(cfg: CfgNode) -> tuple[str, ...]:
+    """What the model's results are judged by."""
+    if cfg.MODEL.RPN_ONLY and not cfg.MODEL.RETINANET_ON:
+        return ("box_proposal",)
+    switches = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    return tuple(task for task, on in switches.items() if on)
 
 
 def combine(names: Iterable[str], scores: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,11 +107,12 @@ def draw_pictures(dataset: CocoDataset, results: Results, directory: Path, count
     """The data set's first `count` images, each with its annotations on the left and the detections on the right."""
     directory.mkdir(parents=True, exist_ok=True)
     names = dict(zip(dataset.category_ids, dataset.category_names))
+    limbs = dataset.skeleton.limbs if dataset.skeleton else None
     for index in range(min(count, len(dataset))):
         image, image_id = dataset.load(index).image, dataset.image_ids[index]
         found = results.select(np.flatnonzero(results.image_ids == image_id)).to_list()
         truth = [annotation for annotation in dataset.annotations(index) if not annotation["iscrowd"]]
-        pictures = [draw_results(image, objects, names) for objects in (truth, found)]
+        pictures = [draw_results(image, objects, names, limbs=limbs) for objects in (truth, found)]
         picture = side_by_side(*pictures, ("ground truth", "predictions"))
         _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         write_atomically(directory / f"{image_id}.png", lambda file, png=png: file.write(png.tobytes()))

@@ -25,7 +25,7 @@ from ..errors import DataError
 from ..evaluation.results import detections_to_results
 from ..models.build import build_model
 from . import checkpoint
-from .views import detect, view_configs
+from .views import detect, results_options, view_configs
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,15 @@ VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 
 @dataclass
 class Predictor:
-    """A trained model and what its numbers mean. category_names: category id -> name."""
+    """A trained model and what its numbers mean. category_names: category id -> name; limbs: pairs of keypoints that a
+    drawing joins."""
 
     cfg: CfgNode
     device: Device
     model: nn.Module
     category_ids: list[int]
     category_names: dict[int, str]
+    limbs: list[list[int]]
 
 
 @dataclass
@@ -74,7 +76,8 @@ def load_predictor(weights: Path, device: Device) -> Predictor:
     model = build_model(cfg, device)
     checkpoint.load_model(model, content, weights)
     names = dict(zip(content["category_ids"], content["category_names"]))
-    return Predictor(cfg, device, model.eval(), content["category_ids"], names)
+    limbs = content.get("keypoint_limbs", [])  # checkpoints of before there were keypoints have none
+    return Predictor(cfg, device, model.eval(), content["category_ids"], names, limbs)
 
 
 def find_inputs(inputs: Sequence[str]) -> list[Path]:
@@ -167,6 +170,6 @@ def _detect(predictor: Predictor, pictures: list[np.ndarray]) -> list[list[dict[
         views.append(images.to(device.torch_device))
     with device.autocast(getattr(torch, cfg.DTYPE)):
         detections = detect(predictor.model, views, mirrored)
-    threshold = cfg.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS_THRESHOLD
-    results = detections_to_results(detections.to("cpu"), views[0], predictor.category_ids, threshold).to_list()
+    options = results_options(cfg)
+    results = detections_to_results(detections.to("cpu"), views[0], predictor.category_ids, **options).to_list()
     return [[result for result in results if result["image_id"] == i] for i in range(len(pictures))]

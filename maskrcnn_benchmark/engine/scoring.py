@@ -39,6 +39,7 @@ class Request:
     metrics: tuple[str, ...]
     evaluator: str
     path: Path
+    keypoint_sigmas: tuple[float, ...] = ()
 
 
 def run(requests: list[Request]) -> list[dict[str, Any]]:
@@ -48,7 +49,7 @@ def run(requests: list[Request]) -> list[dict[str, Any]]:
         started = time.perf_counter()
         write_results(request.results, request.path)
         arguments = (request.ground_truth, request.results, request.tasks, request.metrics, request.evaluator)
-        scores, details = score(*arguments, request.image_ids)
+        scores, details = score(*arguments, request.image_ids, request.keypoint_sigmas)
         page = accuracy_page(f"{request.name}: accuracy", details)
         for suffix, text in ((".json", json.dumps(details)), (".html", page)):
             path = request.path.with_name(f"{request.path.stem}_details{suffix}")

@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 from .. import ops
 from ..benchmark import environment
 from ..config import dump, parse_config, sha256
-from ..data.catalog import build_dataset, check_num_classes, check_same_categories
+from ..data.catalog import check_same_categories
 from ..data.coco import CocoDataset
 from ..data.loader import train_loader
 from ..device import Device
@@ -33,7 +33,8 @@ from ..report import mllog
 from ..report.console import TrainingMeter
 from ..structures import ImageBatch, Targets
 from . import checkpoint, distributed, scoring
-from .inference import combine, evaluate_model, run_model, test_datasets
+from .datasets import open_dataset, test_datasets
+from .inference import combine, evaluate_model, run_model
 from .metrics import LossWindow, MetricsWriter
 from .optim import Schedule, make_optimizer, make_schedule, set_learning_rate
 
@@ -41,6 +42,13 @@ logger = logging.getLogger(__name__)
 
 Batch = tuple[ImageBatch, Targets]
 BEST = "model_best.pth"
+# Task -> the numbers written with the metrics; the first of the last task decides which checkpoint is the best
+METRICS = {
+    "box_proposal": ("AR@1000", "AR@100"),
+    "bbox": ("AP", "AP50", "AP75"),
+    "segm": ("AP", "AP50", "AP75"),
+    "keypoints": ("AP", "AP50", "AP75"),
+}
 
 
 @dataclass
@@ -218,10 +226,9 @@ def record(run: Run, done: int, scores: dict[str, Any], content: dict[str, Any] 
     run.mllog.eval_stop(done, run.scores)
     run.scored_at = done
     logger.info("accuracy at iteration %d\n%s", done, format_table(run.scores))
-    run.metrics.scalars(
-        done, {f"{task}/{k}": run.scores[task][k] for task in _tasks(run) for k in ("AP", "AP50", "AP75")}
-    )
-    score = run.scores[_tasks(run)[-1]]["AP"]
+    run.metrics.scalars(done, {f"{task}/{k}": run.scores[task][k] for task in _tasks(run) for k in METRICS[task]})
+    task = _tasks(run)[-1]
+    score = run.scores[task][METRICS[task][0]]
     if score is not None and score > run.best:
         run.best = score
         if content is not None:
@@ -231,12 +238,12 @@ def record(run: Run, done: int, scores: dict[str, Any], content: dict[str, Any] 
 def reached_target(run: Run) -> bool:
     """MLPERF's targets, when they are set, against the last evaluation."""
     target = {"bbox": run.cfg.MLPERF.MIN_BBOX_MAP, "segm": run.cfg.MLPERF.MIN_SEGM_MAP}
-    tasks = _tasks(run)
+    tasks = [task for task in _tasks(run) if task in target]
     return bool(tasks) and all(0 < target[task] <= (run.scores[task]["AP"] or 0.0) for task in tasks)
 
 
 def _tasks(run: Run) -> tuple[str, ...]:
-    return tuple(task for task in ("bbox", "segm") if task in run.scores)
+    return tuple(task for task in METRICS if task in run.scores)
 
 
 def _dtype(cfg: CfgNode) -> torch.dtype:
@@ -276,6 +283,7 @@ def checkpoint_content(run: Run, done: int) -> dict[str, Any]:
         "config": dump(run.cfg),
         "category_ids": run.dataset.category_ids,
         "category_names": run.dataset.category_names,
+        "keypoint_limbs": [list(limb) for limb in run.dataset.skeleton.limbs] if run.dataset.skeleton else [],
         "world_size": distributed.world_size(),
     }
 
@@ -297,8 +305,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
     if cfg.DETERMINISTIC:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(cfg.SEED)
-    dataset = build_dataset(cfg.DATASETS.TRAIN, cfg, training=True)
-    check_num_classes(cfg, dataset)
+    dataset = open_dataset(cfg.DATASETS.TRAIN, cfg, training=True)
     test = test_datasets(cfg)
     for test_set in test.values():
         check_same_categories(dataset, test_set)
@@ -336,10 +343,12 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
 
 
 def parallelize(model: nn.Module, device: Device) -> nn.Module:
-    """DistributedDataParallel when there are ranks. Buffers are exchanged only where a batch norm changes them."""
+    """DistributedDataParallel when there are ranks. Buffers are exchanged only where a batch norm or
+    RetinaNet's moving average changes them."""
     if distributed.world_size() == 1:
         return model
     running = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    running |= any(name == "positives_average" for name, _ in model.named_buffers())
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     exchange = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in 2.13
     ids = [device.torch_device] if device.torch_device.index is not None else None

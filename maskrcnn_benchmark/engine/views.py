@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from yacs.config import CfgNode
@@ -29,6 +30,16 @@ def view_configs(cfg: CfgNode) -> list[tuple[CfgNode, bool]]:
         view.freeze()
         views.append((view, mirrored))
     return views
+
+
+def results_options(cfg: CfgNode) -> dict[str, Any]:
+    """How `detections_to_results` makes boxes and masks of the original image."""
+    mask = cfg.MODEL.ROI_MASK_HEAD
+    return {
+        "threshold": mask.POSTPROCESS_MASKS_THRESHOLD,
+        "plus_one": cfg.MODEL.LEGACY_PLUS_ONE,
+        "paste_whole_pixels": mask.PASTE_WHOLE_PIXELS,
+    }
 
 
 def detect(model: nn.Module, loaded: Sequence[ImageBatch], mirrored: Sequence[bool]) -> Detections:

@@ -148,6 +148,9 @@ def load_results(path: str | Path) -> list[dict[str, Any]]:
 
 def format_table(scores: dict[str, Any]) -> str:
     """The main numbers of each task and further metric, one a line; n/a for None. Other keys are passed over."""
+    if "box_proposal" in scores:
+        shown = {name: "n/a" if value is None else f"{value:.4f}" for name, value in scores["box_proposal"].items()}
+        return "\n".join(f"box_proposal  {name:<9} {value}" for name, value in shown.items())
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     rows = [("task", *names)]
     for task in (*TASKS, "voc07", "voc", "cityscapes"):

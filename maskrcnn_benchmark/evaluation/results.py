@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..ops.masks import paste_masks_rle
+from ..ops.masks import paste_masks_rle, whole_pixel_boxes
 from ..ops.rle import rle_areas
 from ..structures import Detections, ImageBatch
 
@@ -21,7 +21,8 @@ class Results:
 
     image_ids, category_ids: [N] int64, the data set's. scores: [N] float64. boxes: [N, 4] float64 x, y, width, height.
     masks: N compressed RLEs, `counts` alone; sizes: [N, 2] int64 (height, width) of their images; areas: [N] float64,
-    pixels of each mask. keypoints: [N, K, 3] float64 x, y, visibility. None for what there is not.
+    pixels of each mask. keypoints: [N, K, 3] float64 x, y and score; in files of truth the visibility. None
+    for what there is not.
     """
 
     image_ids: np.ndarray
@@ -81,28 +82,47 @@ def concatenate(parts: Sequence[Results]) -> Results:
 
 
 def detections_to_results(
-    detections: Detections, images: ImageBatch, category_ids: list[int], threshold: float = 0.5
+    detections: Detections,
+    images: ImageBatch,
+    category_ids: list[int],
+    threshold: float = 0.5,
+    plus_one: bool = False,
+    paste_whole_pixels: bool = False,
 ) -> Results:
     """A model's detections in pixels of the original images. Waits for the device.
 
     category_ids: of label l the data set's id is `category_ids[l - 1]`. threshold: pixels whose probability is not
-    below it belong to the mask. Boxes are scaled along each axis by itself, and clipped to the image. Masks become RLEs
-    image by image, so that no batch of full-size masks is ever held.
+    below it belong to the mask. Boxes are scaled along each axis by itself, and clipped to the image; keypoints are
+    scaled likewise. Masks become RLEs image by image, so that no batch of full-size masks is ever held. Detections of
+    the background, which a RetinaNet with a channel for it can make, are left out.
+
+    plus_one: the positions of a box's first and last pixel are scaled, as maskrcnn-benchmark does, without a clip.
+    paste_whole_pixels: masks are pasted by `whole_pixel_boxes`; a probability equal to the threshold is then outside.
     """
-    valid = detections.valid.cpu().numpy()
+    valid = (detections.valid & (detections.labels > 0)).cpu().numpy()
     row = np.nonzero(valid)[0]
     original = np.array(images.original_sizes, np.int64).reshape(-1, 2)
     scale = (original / images.sizes.cpu().numpy())[row][:, [1, 0, 1, 0]]
-    corners = detections.boxes.cpu().numpy()[valid].astype(np.float64) * scale
-    corners = np.clip(corners, 0, original[row][:, [1, 0, 1, 0]])
+    last_pixel = np.array([0.0, 0, 1, 1]) if plus_one else np.zeros(4)
+    corners = (detections.boxes.cpu().numpy()[valid].astype(np.float64) - last_pixel) * scale
+    if not plus_one:
+        corners = np.clip(corners, 0, original[row][:, [1, 0, 1, 0]])
+    whole = corners + last_pixel
     results = Results(
         image_ids=np.array(images.image_ids, np.int64)[row],
         category_ids=np.array(category_ids, np.int64)[detections.labels.cpu().numpy()[valid] - 1],
         scores=detections.scores.cpu().numpy()[valid].astype(np.float64),
-        boxes=np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1),
+        boxes=np.concatenate([whole[:, :2], whole[:, 2:] - whole[:, :2]], axis=1),
     )
+    if detections.keypoints is not None:
+        points = detections.keypoints.cpu().numpy()[valid].astype(np.float64)
+        points[..., :2] *= scale[:, None, :2]
+        results.keypoints = points
     if detections.masks is not None:
-        boxes, ends = torch.from_numpy(corners.astype(np.float32)), np.cumsum(valid.sum(axis=1)).tolist()
+        boxes, ends = torch.from_numpy(whole.astype(np.float32)), np.cumsum(valid.sum(axis=1)).tolist()
+        if paste_whole_pixels:
+            boxes = whole_pixel_boxes(torch.from_numpy(corners.astype(np.float32)), detections.masks.shape[-1])
+            threshold = min(1.0, float(np.nextafter(np.float32(threshold), np.float32(2))))
         results.sizes, results.masks = original[row], []
         for i, (start, end) in enumerate(zip([0, *ends], ends)):
             # On a CPU, valid detections come first: a view, not a copy. Elsewhere the mask head's padding is dropped.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
-from . import cityscapes, voc
+from . import cityscapes, proposals, voc
 from .coco import Curves, clean_annotations, evaluate_with_curves, of_classes, prepare
 from .confusion import confusion_matrix
 from .results import Results
@@ -32,6 +32,8 @@ def score(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores, as `coco.evaluate` gives them and those of further METRICS under their names; and details for a report.
 
+    The task "box_proposal", which stands alone, has average recall instead (proposals.py), and no details.
+
     details: task -> {"classes": {name: {"AP", "AP50", "AP75", "AR", "objects"}}, "curves": {"mean"|"AP50"|"AP75":
     precision at recall 0, .01, ... 1}}, and with boxes "confusion": {"names", "matrix"}.
 
@@ -43,6 +45,9 @@ def score(
             raise ConfigError(f"unknown metric {name!r}; known are {', '.join(METRICS)} (TEST.METRICS)")
         if METRICS[name] and METRICS[name] not in tasks:
             raise ConfigError(f"TEST.METRICS: {name} judges {METRICS[name]} results, which the model does not give")
+    if "box_proposal" in tasks:
+        truth, results = prepare(ground_truth, results, ("bbox",), image_ids)
+        return {"box_proposal": proposals.average_recall(clean_annotations(truth, "bbox"), results)}, {}
     truth, results = prepare(ground_truth, results, tasks, image_ids)
     scores, curves = evaluate_with_curves(truth, results, tasks, evaluator, keypoint_sigmas=keypoint_sigmas)
     annotations = {METRICS[name]: clean_annotations(truth, METRICS[name]) for name in metrics if METRICS[name]}

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 
-def cell_anchors(sizes: tuple[float, ...], aspect_ratios: tuple[float, ...], rounding: str = "none") -> Tensor:
-    """[R * S, 4] float32 anchors around the origin, ratio outer, size inner; ratio = height / width, area = size^2.
+def cell_anchors(
+    sizes: tuple[float, ...],
+    aspect_ratios: tuple[float, ...],
+    rounding: str = "none",
+    stride: float = 1.0,
+    offset: float = 0.0,
+) -> Tensor:
+    """[R * S, 4] float32 anchors of the first cell, ratio outer, size inner; ratio = height / width, area = size^2.
 
-    rounding: "none" (detectron2's exact floats) or "corners" (whole pixels, torchvision).
+    rounding: "none" (detectron2's exact floats), "corners" (whole pixels, torchvision) or "stride" (the sides of the
+        anchor of size `stride` are whole pixels, the others multiples of it: maskrcnn-benchmark).
+    offset: where in the cell the centres lie, in strides: 0 its corner, .5 its middle (maskrcnn-benchmark).
     """
-    anchors = []
+    anchors, centre = [], offset * stride
     for ratio in aspect_ratios:
         for size in sizes:
             w, h = size * ratio**-0.5, size * ratio**0.5
-            anchors.append((-w / 2, -h / 2, w / 2, h / 2))
+            if rounding == "stride":
+                whole = round(math.sqrt(stride * stride / ratio))
+                w, h = (side * (size / stride) for side in (whole, round(whole * ratio)))
+            anchors.append((centre - w / 2, centre - h / 2, centre + w / 2, centre + h / 2))
     anchors = torch.tensor(anchors, dtype=torch.float32)
     return anchors.round() if rounding == "corners" else anchors
+
+
+def octave_sizes(sizes: tuple[float, ...], octave: float, steps: int, whole: bool) -> tuple[tuple[float, ...], ...]:
+    """RetinaNet's anchor sizes of each level: `steps` from one size on, each `octave ** (1 / steps)` times the one
+    before. whole: cut to whole pixels (torchvision)."""
+    fine = (tuple(size * octave ** (step / steps) for step in range(steps)) for size in sizes)
+    return tuple(tuple(map(int, level)) if whole else level for level in fine)
 
 
 def grid_anchors(cell: Tensor, height: int, width: int, stride: tuple[float, float]) -> Tensor:
@@ -35,6 +55,7 @@ class AnchorGenerator(nn.Module):
 
     sizes: for each level a tuple of anchor sides in pixels.
     strides: pixels from one position to the next, a level.
+    rounding, offset: of `cell_anchors`.
     grid: "grid" takes the strides as given; "image" the padded image's side // the map's side (torchvision).
     """
 
@@ -47,13 +68,15 @@ class AnchorGenerator(nn.Module):
         strides: tuple[int, ...],
         rounding: str = "none",
         grid: str = "grid",
+        offset: float = 0.0,
     ) -> None:
         super().__init__()
-        for level, side in enumerate(sizes):  # buffers, to be on the device already when a step needs them
-            self.register_buffer(f"cell{level}", cell_anchors(side, aspect_ratios, rounding), persistent=False)
+        for level, (side, stride) in enumerate(zip(sizes, strides)):
+            cell = cell_anchors(side, aspect_ratios, rounding, stride, offset)
+            self.register_buffer(f"cell{level}", cell, persistent=False)  # on the device already when a step needs it
         self.strides = strides
         self.grid = grid
-        self.per_position = len(aspect_ratios) * len(sizes[0])
+        self.per_position, self.ratios = len(aspect_ratios) * len(sizes[0]), len(aspect_ratios)
         self._cache: dict[tuple, list[Tensor]] = {}
 
     def forward(

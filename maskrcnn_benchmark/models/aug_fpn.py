@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.roi_align import roi_align
 from ..structures import Targets
 from .box_head import SampledRoIs
 from .fpn import FPN
-from .layers import Norm, conv
+from .layers import conv
 from .losses import roi_losses
 from .roi_pool import RoIPool
 
@@ -54,26 +53,26 @@ class ResidualAugmentation(nn.Module):
 
 class AugFPN(FPN):
     """ratios: of residual feature augmentation; none: without it.
-    give_laterals: in training the maps M2..M5 follow P2..P6, for an AuxiliaryHead.
+    give_laterals: in training the maps M2..M5 follow P2..P6, for an AuxiliaryHead. inputs, options: FPN's.
     """
 
     def __init__(
         self,
         in_channels: list[int],
         out_channels: int,
-        norm: Norm | None = None,
-        relu: bool = False,
+        *inputs,
         ratios: Sequence[float] = (),
         give_laterals: bool = False,
+        **options,
     ) -> None:
-        super().__init__(in_channels, out_channels, norm, relu)
+        super().__init__(in_channels, out_channels, *inputs, **options)
         self.augment = ResidualAugmentation(in_channels[-1], out_channels, ratios) if ratios else None
         self.give_laterals = give_laterals
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         laterals = self.laterals(features)
         top = laterals[-1] if self.augment is None else laterals[-1] + self.augment(features[-1])
-        outputs = self.top_down([*laterals[:-1], top])
+        outputs = self.top_down([*laterals[:-1], top], features[-1])
         return outputs + laterals if self.training and self.give_laterals else outputs
 
 
@@ -81,10 +80,7 @@ def pool_all_levels(pool: RoIPool, features: list[Tensor], boxes: Tensor, image_
     """[R, C, S, S] a level: each box [R, 4] from every level, whatever its size."""
     levels, rois = len(pool.scales), len(boxes)
     level = torch.arange(levels, device=boxes.device).repeat_interleave(rois)
-    size = (pool.output_size, pool.sampling_ratio, pool.aligned)
-    pooled = roi_align(
-        features[:levels], boxes.repeat(levels, 1), image_index.repeat(levels), level, pool.scales, *size
-    )
+    pooled = pool.from_levels(features, boxes.repeat(levels, 1), image_index.repeat(levels), level)
     return list(pooled.unflatten(0, (levels, rois)).unbind(0))
 
 

@@ -11,35 +11,36 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..ops.boxes import rescale
 from ..structures import Detections, ImageBatch
 from .rcnn import RCNN
+from .retinanet import RetinaNet
 
 
-def detect(model: RCNN, views: list[tuple[ImageBatch, bool]]) -> Detections:
+def detect(model: RCNN | RetinaNet, views: list[tuple[ImageBatch, bool]]) -> Detections:
     """Detections in pixels of the first view's resized images.
 
     views: the same images at several sizes, and whether each is to be mirrored.
     """
     base = views[0][0]
-    head, seen = model.roi_heads["box"], []
+    seen = []
     parts: list[tuple[Tensor, ...]] = []
     for images, flipped in views:
         scale = (base.sizes / images.sizes).flip(1).repeat(1, 2)[:, None].to(torch.float32)
         shown = _mirror(images) if flipped else images
         features, padded = model.features(shown)
-        proposals, _ = model.rpn(features, padded, images.sizes)
-        boxes, *rest = head.candidates(features, proposals, images.sizes)
+        boxes, *rest = model.candidates(features, padded, images.sizes)
         boxes = _mirror_boxes(boxes, images.sizes) if flipped else boxes
-        parts.append((boxes * scale, *rest))
+        parts.append((rescale(boxes, scale, model.plus_one), *rest))
         seen.append((features, images.sizes, scale, flipped))
     joined = [torch.cat(tensors, 1) for tensors in zip(*parts)]
-    detections = head.select(*joined)
-    mask_head = model.mask_head
+    detections = model.select(*joined)
+    mask_head = model.mask_head if isinstance(model, RCNN) else None
     if mask_head is None:
         return detections
     total = 0.0
     for features, sizes, scale, flipped in seen:
-        boxes = detections.boxes / scale
+        boxes = rescale(detections.boxes, 1 / scale, model.plus_one)
         boxes = _mirror_boxes(boxes, sizes) if flipped else boxes
         masks = mask_head.detect(features, replace(detections, boxes=boxes)).masks
         total = total + (masks.flip(-1) if flipped else masks)

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import box_coder, boxes, matching, nms
 from ..ops.distance_nms import distance_nms
 from ..ops.soft_nms import soft_nms
 from ..structures import Detections, Proposals, Targets, flatten_valid
-from .layers import Norm, normal_layer
+from .layers import Linear, Norm, conv, normal_layer, with_relu
 from .losses import RoIRows, roi_losses
 from .resnet import make_stage
 from .roi_pool import RoIPool
 from .sampling import Sample, overlap_groups, sample
+
+
+def linear(in_features: int, out_features: int, norm: Norm | None = None) -> nn.Module:
+    """A fully connected layer; with a norm a Sequential, named as in `layers.conv`."""
+    layer = Linear(in_features, out_features, bias=norm is None)
+    nn.init.kaiming_uniform_(layer.weight, a=1)
+    if norm is not None:
+        return nn.Sequential(layer, norm(out_features))
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class MLPFeatureExtractor(nn.Module):
@@ -24,22 +34,39 @@ class MLPFeatureExtractor(nn.Module):
 
     def __init__(self, in_channels: int, resolution: int, hidden: int = 1024, norm: Norm | None = None) -> None:
         super().__init__()
-        self.fc6 = self._linear(in_channels * resolution**2, hidden, norm)
-        self.fc7 = self._linear(hidden, hidden, norm)
+        self.fc6 = linear(in_channels * resolution**2, hidden, norm)
+        self.fc7 = linear(hidden, hidden, norm)
         self.out_channels = hidden
-
-    @staticmethod
-    def _linear(in_features: int, out_features: int, norm: Norm | None) -> nn.Module:
-        linear = nn.Linear(in_features, out_features, bias=norm is None)
-        nn.init.kaiming_uniform_(linear.weight, a=1)
-        if norm is not None:
-            return nn.Sequential(linear, norm(out_features))
-        nn.init.zeros_(linear.bias)
-        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous().flatten(1)  # fc6's weights count channel, y, x, in all three peers
-        return F.relu_(self.fc7(F.relu_(self.fc6(x))))
+        return with_relu(self.fc7, with_relu(self.fc6, x))
+
+
+class ConvFCFeatureExtractor(nn.Module):
+    """3x3 convolutions (`xconvs`, as many as `channels`) and one fully connected layer (`fc6`) over the pooled map:
+    [R, C, S, S] -> [R, hidden] (Wu and He 2018, section 4.2: 4conv1fc)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        resolution: int,
+        channels: tuple[int, ...],
+        hidden: int = 1024,
+        norm: Norm | None = None,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__()
+        self.xconvs = nn.Sequential()
+        for out_channels in channels:
+            layer = conv(in_channels, out_channels, 3, norm, True, partial(nn.init.normal_, std=0.01), dilation)
+            self.xconvs.extend(layer)
+            in_channels = out_channels
+        self.fc6 = linear(in_channels * resolution**2, hidden, None)
+        self.out_channels = hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        return with_relu(self.fc6, self.xconvs(x).contiguous().flatten(1))
 
 
 class Conv5FeatureExtractor(nn.Module):
@@ -102,6 +129,7 @@ class BoxHead(nn.Module):
     box_loss, box_loss_weight: losses.box_loss's kind, and what it is multiplied by.
     balance_negatives: as many negatives of each third of the overlaps below background_iou (Libra R-CNN).
     nms_type: MultiClassNMS, MultiClassSoftNMS (with soft_nms_sigma, without nms_threshold) or MultiClassCiouNMS.
+    plus_one: maskrcnn-benchmark's arithmetic: a box keeps one pixel of the image.
     compact: drop padded rows (structures.flatten_valid).
     """
 
@@ -124,6 +152,7 @@ class BoxHead(nn.Module):
         nms_type: str = "MultiClassNMS",
         soft_nms_sigma: float = 0.5,
         detections_per_image: int = 100,
+        plus_one: bool = False,
         compact: bool = False,
     ) -> None:
         super().__init__()
@@ -138,6 +167,8 @@ class BoxHead(nn.Module):
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.nms_type, self.soft_nms_sigma = nms_type, soft_nms_sigma
         self.detections_per_image = detections_per_image
+        self.plus_one = plus_one
+        self.least_side = 1.0 if plus_one else 0.0  # of a box cut to its image
         self.compact = compact
 
     def forward(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +237,7 @@ class BoxHead(nn.Module):
         decoded = box_coder.decode(delta, box[:, None], self.reg_weights).expand(-1, score.shape[1], -1)
         group = torch.arange(score.shape[1], device=score.device).repeat(shape[1]).expand(shape[0], -1)
         score = unflatten(rows, score, shape).flatten(1)
-        decoded = boxes.clip(unflatten(rows, decoded, shape).flatten(1, 2), sizes)
+        decoded = boxes.clip(unflatten(rows, decoded, shape).flatten(1, 2), sizes, self.least_side)
         return decoded, score, group, (score > self.score_threshold) & decoded.isfinite().all(-1)
 
     def select(self, boxes: Tensor, score: Tensor, group: Tensor, candidate: Tensor) -> Detections:

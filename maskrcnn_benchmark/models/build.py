@@ -2,40 +2,90 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from torch import nn
 from yacs.config import CfgNode
 
+from ..config.conv_body import parse
+from ..config.legacy import describe_conventions
 from ..device import Device
 from ..errors import ConfigError
-from .anchors import AnchorGenerator
+from .anchors import AnchorGenerator, octave_sizes
 from .aug_fpn import AugFPN, AuxiliaryHead, SoftRoIPool
-from .box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, MLPFeatureExtractor
+from .box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, ConvFCFeatureExtractor, MLPFeatureExtractor
 from .cascade import CascadeBoxHead, CascadeMaskHead
-from .fpn import FPN
-from .layers import FrozenBatchNorm2d, Norm, SyncBatchNorm2d, group_norm
+from .fpn import FPN, HRFPN, LastLevelMaxPool, LastLevelP6P7
+from .hrnet import HRNet
+from .keypoint_head import KeypointFeatureExtractor, KeypointHead, KeypointPredictor
+from .layers import DeformConv2d, FrozenBatchNorm2d, Norm, SyncBatchNorm2d, group_norm
 from .mask_head import ConvFeatureExtractor, MaskHead, MaskPredictor
 from .rcnn import RCNN, Normalize
-from .resnet import ResNet
+from .resnet import ResNet, conv3x3
+from .retinanet import RetinaNet, RetinaNetHead
 from .roi_pool import RoIPool
 from .rpn import RPN, RPNHead
 
+logger = logging.getLogger(__name__)
 
-def build_model(cfg: CfgNode, device: Device) -> RCNN:
+
+def build_model(cfg: CfgNode, device: Device) -> RCNN | RetinaNet:
     """The detector that `cfg` describes, with fresh weights, on the device."""
-    backbone, channels = build_backbone(cfg)
-    box_head = build_box_head(cfg, channels, device.compacts)
-    model = RCNN(
-        normalize=Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255),
+    logger.info(describe_conventions(cfg))
+    build = build_retinanet if cfg.MODEL.RETINANET_ON else build_rcnn
+    return build(cfg, device).to(device.torch_device)
+
+
+def build_rcnn(cfg: CfgNode, device: Device) -> RCNN:
+    model, (backbone, channels) = cfg.MODEL, build_backbone(cfg)
+    box_head = None if model.RPN_ONLY else build_box_head(cfg, channels, device.compacts)
+    return RCNN(
+        normalize=build_normalize(cfg),
         backbone=backbone,
         rpn=build_rpn(cfg, channels),
         box_head=box_head,
-        mask_head=build_mask_head(cfg, channels, box_head, device.compacts) if cfg.MODEL.MASK_ON else None,
+        mask_head=build_mask_head(cfg, channels, box_head, device.compacts) if model.MASK_ON else None,
+        keypoint_head=build_keypoint_head(cfg, channels, device.compacts) if model.KEYPOINT_ON else None,
         auxiliary_head=build_auxiliary_head(cfg, channels, device.compacts),
         channels_last=device.channels_last,
     )
-    return model.to(device.torch_device)
+
+
+def build_retinanet(cfg: CfgNode, device: Device) -> RetinaNet:
+    (backbone, channels), keys, rpn = build_backbone(cfg), cfg.MODEL.RETINANET, cfg.MODEL.RPN
+    sizes = octave_sizes(keys.ANCHOR_SIZES, keys.OCTAVE, keys.SCALES_PER_OCTAVE, keys.WHOLE_ANCHOR_SIZES)
+    anchors = AnchorGenerator(
+        sizes, keys.ASPECT_RATIOS, keys.ANCHOR_STRIDES, rpn.ANCHOR_ROUNDING, rpn.ANCHOR_GRID, rpn.ANCHOR_OFFSET
+    )
+    classes = keys.NUM_CLASSES if keys.BACKGROUND_CHANNEL else keys.NUM_CLASSES - 1
+    return RetinaNet(
+        normalize=build_normalize(cfg),
+        backbone=backbone,
+        head=RetinaNetHead(channels, anchors.per_position, classes, keys.NUM_CONVS, keys.PRIOR_PROB),
+        anchors=anchors,
+        background_channel=keys.BACKGROUND_CHANNEL,
+        coder_weights=tuple(keys.BOX_CODER_WEIGHTS),
+        foreground_iou=keys.FG_IOU_THRESHOLD,
+        background_iou=keys.BG_IOU_THRESHOLD,
+        straddle=keys.STRADDLE_THRESH,
+        alpha=keys.LOSS_ALPHA,
+        gamma=keys.LOSS_GAMMA,
+        loss_normalizer=keys.LOSS_NORMALIZER,
+        box_loss_divisor=keys.BBOX_REG_WEIGHT,
+        smooth_l1_beta=keys.BBOX_REG_BETA,
+        pre_nms=keys.PRE_NMS_TOP_N,
+        score_threshold=keys.INFERENCE_TH,
+        nms_threshold=keys.NMS_TH,
+        clip_before_nms=keys.CLIP_BEFORE_NMS,
+        detections_per_image=cfg.TEST.DETECTIONS_PER_IMG,
+        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
+        channels_last=device.channels_last,
+    )
+
+
+def build_normalize(cfg: CfgNode) -> Normalize:
+    return Normalize(cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD, cfg.INPUT.TO_BGR255)
 
 
 def build_norm(cfg: CfgNode, name: str) -> Norm:
@@ -55,33 +105,61 @@ def stage_options(cfg: CfgNode) -> dict:
         "groups": resnets.NUM_GROUPS,
         "width_per_group": resnets.WIDTH_PER_GROUP,
         "stride_in_1x1": resnets.STRIDE_IN_1X1,
+        "pooled_shortcut": parse(cfg.MODEL.BACKBONE.CONV_BODY).vd,
     }
 
 
-def resnet_depth(cfg: CfgNode) -> int:
-    return int(cfg.MODEL.BACKBONE.CONV_BODY.split("-")[1])
+def build_body(cfg: CfgNode) -> nn.Module:
+    """A module whose maps have strides 4, 8, 16, 32 (FPN), 8, 16, 32 (RetinaNet), 16 (C4) or 32 (C5), and
+    `out_channels`."""
+    resnets, form = cfg.MODEL.RESNETS, parse(cfg.MODEL.BACKBONE.CONV_BODY)
+    options = {
+        "in_channels": len(cfg.INPUT.PIXEL_MEAN),
+        # ImageNet's standard deviation, as the model sees it
+        "input_std": (57.4 if cfg.INPUT.TO_BGR255 else 0.225) / min(cfg.INPUT.PIXEL_STD),
+        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT,
+    }
+    if form.width:
+        return HRNet(form.width, build_norm(cfg, resnets.NORM), **options)
+    deformable = partial(DeformConv2d, offset_groups=resnets.DEFORMABLE_GROUPS, modulated=resnets.WITH_MODULATED_DCN)
+    return ResNet(
+        form.depth,
+        build_norm(cfg, resnets.NORM),
+        stem_channels=resnets.STEM_OUT_CHANNELS,
+        deep_stem=form.vd,
+        out_stages={"C4": (2,), "C5": (3,), "FPN": (0, 1, 2, 3), "FPN-RETINANET": (1, 2, 3)}[form.neck],
+        res5_dilation=resnets.RES5_DILATION,
+        convolutions=[deformable if chosen else conv3x3 for chosen in resnets.STAGE_WITH_DCN],
+        **options,
+        **stage_options(cfg),
+    )
+
+
+def build_neck(cfg: CfgNode, in_channels: list[int]) -> nn.Module:
+    """The pyramid on a body whose maps have `in_channels`."""
+    channels, form = cfg.MODEL.RESNETS.BACKBONE_OUT_CHANNELS, parse(cfg.MODEL.BACKBONE.CONV_BODY)
+    norm = build_norm(cfg, "GN") if cfg.MODEL.FPN.USE_GN else None
+    if form.width:
+        return HRFPN(in_channels, channels, norm, cfg.MODEL.FPN.USE_RELU)
+    retinanet = form.neck == "FPN-RETINANET"
+    top = LastLevelP6P7(in_channels[-1], channels, cfg.MODEL.RETINANET.USE_C5) if retinanet else LastLevelMaxPool()
+    options = {"first_level": 2 if retinanet else 1, "top_blocks": top}
+    aug = cfg.MODEL.AUG_FPN
+    if not (aug.RESIDUAL_AUGMENTATION or aug.CONSISTENT_SUPERVISION):
+        return FPN(in_channels, channels, norm, cfg.MODEL.FPN.USE_RELU, **options)
+    options |= {
+        "ratios": tuple(aug.RATIOS) if aug.RESIDUAL_AUGMENTATION else (),
+        "give_laterals": aug.CONSISTENT_SUPERVISION,
+    }
+    return AugFPN(in_channels, channels, norm, cfg.MODEL.FPN.USE_RELU, **options)
 
 
 def build_backbone(cfg: CfgNode) -> tuple[nn.Sequential, int]:
-    """The backbone and the channels of its maps: `body` alone (C4) or `body` and `fpn`."""
-    resnets, fpn = cfg.MODEL.RESNETS, cfg.MODEL.RPN.USE_FPN
-    backbone = nn.Sequential()
-    backbone.body = ResNet(
-        resnet_depth(cfg),
-        build_norm(cfg, resnets.NORM),
-        in_channels=len(cfg.INPUT.PIXEL_MEAN),
-        input_std=(57.4 if cfg.INPUT.TO_BGR255 else 0.225)
-        / min(cfg.INPUT.PIXEL_STD),  # ImageNet's, as the model sees it
-        stem_channels=resnets.STEM_OUT_CHANNELS,
-        out_stages=(0, 1, 2, 3) if fpn else (2,),
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_CONV_BODY_AT,
-        res5_dilation=resnets.RES5_DILATION,
-        **stage_options(cfg),
-    )
-    channels = resnets.BACKBONE_OUT_CHANNELS
-    if fpn:
-        norm = build_norm(cfg, "GN") if cfg.MODEL.FPN.USE_GN else None
-        backbone.fpn = build_fpn(cfg, backbone.body.out_channels, channels, norm)
+    """The backbone and the channels of its maps: `body` alone (C4, C5) or `body` and `fpn`."""
+    backbone, channels = nn.Sequential(), cfg.MODEL.RESNETS.BACKBONE_OUT_CHANNELS
+    backbone.body = build_body(cfg)
+    if parse(cfg.MODEL.BACKBONE.CONV_BODY).neck.startswith("FPN"):
+        backbone.fpn = build_neck(cfg, backbone.body.out_channels)
     elif channels != backbone.body.out_channels[0]:
         raise ConfigError(
             f"MODEL.RESNETS.BACKBONE_OUT_CHANNELS is {channels}, but {cfg.MODEL.BACKBONE.CONV_BODY} gives out "
@@ -90,18 +168,12 @@ def build_backbone(cfg: CfgNode) -> tuple[nn.Sequential, int]:
     return backbone, channels
 
 
-def build_fpn(cfg: CfgNode, in_channels: list[int], channels: int, norm: Norm | None) -> FPN:
-    aug, relu = cfg.MODEL.AUG_FPN, cfg.MODEL.FPN.USE_RELU
-    if not (aug.RESIDUAL_AUGMENTATION or aug.CONSISTENT_SUPERVISION):
-        return FPN(in_channels, channels, norm, relu)
-    ratios = tuple(aug.RATIOS) if aug.RESIDUAL_AUGMENTATION else ()
-    return AugFPN(in_channels, channels, norm, relu, ratios, give_laterals=aug.CONSISTENT_SUPERVISION)
-
-
 def build_rpn(cfg: CfgNode, channels: int) -> RPN:
     rpn = cfg.MODEL.RPN
     sizes = tuple((size,) for size in rpn.ANCHOR_SIZES) if rpn.USE_FPN else (tuple(rpn.ANCHOR_SIZES),)
-    anchors = AnchorGenerator(sizes, rpn.ASPECT_RATIOS, rpn.ANCHOR_STRIDE, rpn.ANCHOR_ROUNDING, rpn.ANCHOR_GRID)
+    anchors = AnchorGenerator(
+        sizes, rpn.ASPECT_RATIOS, rpn.ANCHOR_STRIDE, rpn.ANCHOR_ROUNDING, rpn.ANCHOR_GRID, rpn.ANCHOR_OFFSET
+    )
     post = "FPN_POST_NMS_TOP_N" if rpn.USE_FPN else "POST_NMS_TOP_N"
     return RPN(
         head=RPNHead(channels, anchors.per_position, rpn.CONV_DIM),
@@ -119,29 +191,41 @@ def build_rpn(cfg: CfgNode, channels: int) -> RPN:
         smooth_l1_beta=rpn.SMOOTH_L1_BETA,
         loss_normalizer=rpn.LOSS_NORMALIZER,
         focal=(rpn.FOCAL_LOSS_ALPHA, rpn.FOCAL_LOSS_GAMMA) if rpn.CLS_LOSS == "SigmoidFocalLoss" else None,
+        rank_by=rpn.RANK_BY,
+        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
     )
 
 
 def build_pool(cfg: CfgNode, head: CfgNode, channels: int) -> RoIPool | SoftRoIPool:
-    pool = plain_pool(head)
+    pool = plain_pool(head, cfg.MODEL.LEGACY_PLUS_ONE)
     return SoftRoIPool(pool, channels) if cfg.MODEL.AUG_FPN.SOFT_ROI_SELECTION else pool
 
 
-def plain_pool(head: CfgNode) -> RoIPool:
-    return RoIPool(head.POOLER_SCALES, head.POOLER_RESOLUTION, head.POOLER_SAMPLING_RATIO, head.POOLER_ALIGNED)
+def plain_pool(head: CfgNode, plus_one: bool) -> RoIPool:
+    sampling_ratio, aligned = head.POOLER_SAMPLING_RATIO, head.POOLER_ALIGNED
+    return RoIPool(head.POOLER_SCALES, head.POOLER_RESOLUTION, sampling_ratio, aligned, plus_one)
+
+
+def build_box_extractor(cfg: CfgNode, channels: int) -> nn.Module:
+    box, resnets = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.RESNETS
+    if box.FEATURE_EXTRACTOR == "ResNet50Conv5ROIFeatureExtractor":
+        depth, options = parse(cfg.MODEL.BACKBONE.CONV_BODY).depth, stage_options(cfg)
+        return Conv5FeatureExtractor(
+            depth, channels, build_norm(cfg, resnets.NORM), dilation=resnets.RES5_DILATION, **options
+        )
+    norm = build_norm(cfg, "GN") if box.USE_GN else None
+    if box.FEATURE_EXTRACTOR == "FPNXconv1fcFeatureExtractor":
+        convolutions = (box.CONV_HEAD_DIM,) * box.NUM_STACKED_CONVS
+        return ConvFCFeatureExtractor(
+            channels, box.POOLER_RESOLUTION, convolutions, box.MLP_HEAD_DIM, norm, box.DILATION
+        )
+    return MLPFeatureExtractor(channels, box.POOLER_RESOLUTION, box.MLP_HEAD_DIM, norm)
 
 
 def build_box_layers(cfg: CfgNode, channels: int) -> tuple[nn.Module, BoxPredictor]:
     """A feature extractor and the predictor behind it."""
-    box = cfg.MODEL.ROI_BOX_HEAD
-    if cfg.MODEL.ROI_HEADS.USE_FPN:
-        norm = build_norm(cfg, "GN") if box.USE_GN else None
-        extractor = MLPFeatureExtractor(channels, box.POOLER_RESOLUTION, box.MLP_HEAD_DIM, norm)
-    else:
-        resnets = cfg.MODEL.RESNETS
-        options = stage_options(cfg) | {"dilation": resnets.RES5_DILATION}
-        extractor = Conv5FeatureExtractor(resnet_depth(cfg), channels, build_norm(cfg, resnets.NORM), **options)
-    return extractor, BoxPredictor(extractor.out_channels, box.NUM_CLASSES, cfg.MODEL.CLS_AGNOSTIC_BBOX_REG)
+    extractor, classes = build_box_extractor(cfg, channels), cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
+    return extractor, BoxPredictor(extractor.out_channels, classes, cfg.MODEL.CLS_AGNOSTIC_BBOX_REG)
 
 
 def build_box_head(cfg: CfgNode, channels: int, compact: bool) -> BoxHead:
@@ -158,6 +242,7 @@ def build_box_head(cfg: CfgNode, channels: int, compact: bool) -> BoxHead:
         "nms_type": heads.NMS_TYPE,
         "soft_nms_sigma": heads.SOFT_NMS_SIGMA,
         "detections_per_image": heads.DETECTIONS_PER_IMG,
+        "plus_one": cfg.MODEL.LEGACY_PLUS_ONE,
         "compact": compact,
     }
     pool = build_pool(cfg, box, channels)
@@ -180,7 +265,8 @@ def build_auxiliary_head(cfg: CfgNode, channels: int, compact: bool) -> Auxiliar
     weights = cascade.BBOX_REG_WEIGHTS[0] if cfg.MODEL.CASCADE_ON else heads.BBOX_REG_WEIGHTS
     criterion = {"kind": box.BBOX_LOSS, "beta": box.SMOOTH_L1_BETA, "box_weight": box.BBOX_LOSS_WEIGHT}
     layers = build_box_layers(cfg, channels)
-    return AuxiliaryHead(plain_pool(box), *layers, tuple(weights), aug.SUPERVISION_WEIGHT, compact, **criterion)
+    pool = plain_pool(box, cfg.MODEL.LEGACY_PLUS_ONE)
+    return AuxiliaryHead(pool, *layers, tuple(weights), aug.SUPERVISION_WEIGHT, compact, **criterion)
 
 
 def build_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact: bool) -> MaskHead | CascadeMaskHead:
@@ -197,7 +283,7 @@ def build_one_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact:
         extractor = box_head.feature_extractor
     else:
         norm = build_norm(cfg, "GN") if mask.USE_GN else None
-        extractor = ConvFeatureExtractor(channels, tuple(mask.CONV_LAYERS), norm)
+        extractor = ConvFeatureExtractor(channels, tuple(mask.CONV_LAYERS), norm, mask.DILATION)
     return MaskHead(
         pool=build_pool(cfg, mask, channels),
         feature_extractor=extractor,
@@ -205,5 +291,20 @@ def build_one_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact:
         share_features=mask.SHARE_BOX_FEATURE_EXTRACTOR,
         soft_bitmap_targets=mask.SOFT_BITMAP_TARGETS,
         positives_per_image=int(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION),
+        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
+        compact=compact,
+    )
+
+
+def build_keypoint_head(cfg: CfgNode, channels: int, compact: bool) -> KeypointHead:
+    heads, keypoint = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_KEYPOINT_HEAD
+    extractor = KeypointFeatureExtractor(channels, tuple(keypoint.CONV_LAYERS))
+    return KeypointHead(
+        pool=build_pool(cfg, keypoint, channels),
+        feature_extractor=extractor,
+        predictor=KeypointPredictor(extractor.out_channels, keypoint.NUM_CLASSES),
+        positives=keypoint.POSITIVES,
+        positives_per_image=int(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION),
+        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
         compact=compact,
     )

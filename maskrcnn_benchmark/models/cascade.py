@@ -66,7 +66,7 @@ class CascadeBoxHead(BoxHead):
             rows, logits, deltas, ours = self.learn(features, chosen, coder, stage)
             losses |= {f"{name}_stage{stage}": weight * loss for name, loss in ours.items()}
             if stage + 1 < len(self.ious):
-                box = refine(rows.boxes, logits, deltas, coder, sizes[rows.image], rows.labels)
+                box = refine(rows.boxes, logits, deltas, coder, sizes[rows.image], rows.labels, self.least_side)
                 box = unflatten(chosen.rows, box, chosen.valid.shape)
                 stages.append(rematch(chosen, box, targets, self.ious[stage + 1]))
         stages[0].refined = tuple(stages[1:])
@@ -81,7 +81,7 @@ class CascadeBoxHead(BoxHead):
         for stage, coder in enumerate(self.stage_reg_weights):
             _, logits, deltas = self(features, box, image, stage)
             seen.append(logits.float() if self.average == "logits" else logits.float().softmax(-1))
-            box = refine(box, logits, deltas, coder, sizes[image]) if stage < last else box
+            box = refine(box, logits, deltas, coder, sizes[image], None, self.least_side) if stage < last else box
         score = torch.stack(seen).mean(0)
         score = score.softmax(-1) if self.average == "logits" else score
         return self.pairs(rows, box, score, deltas, proposals.valid.shape, sizes)
@@ -130,15 +130,17 @@ def refine(
     reg_weights: Sequence[float],
     sizes: Tensor,
     labels: Tensor | None = None,
+    least_side: float = 0.0,
 ) -> Tensor:
     """[R, 4]: where a stage moves box [R, 4], cut to its image of sizes [R, 2].
 
     Deltas are those of labels [R], and of the most probable class where a label is 0 or there are none.
+    least_side: boxes.clip's.
     """
     likely = logits[:, 1:].argmax(1) + 1
     label = likely if labels is None else torch.where(labels > 0, labels, likely)
     moved = box_coder.decode(of_class(deltas.float().unflatten(1, (-1, 4)), label), box, reg_weights)
-    return boxes.clip(moved[:, None], sizes)[:, 0]
+    return boxes.clip(moved[:, None], sizes, least_side)[:, 0]
 
 
 @torch.no_grad()

@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.convolution import conv2d
+from ..ops.convolution import conv2d, linear
+from ..ops.deform_conv import deform_conv2d
 
 Norm = Callable[[int], nn.Module]
 
@@ -77,21 +79,68 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """`norm(conv(x))`. A frozen norm is folded into the convolution's weights: one pass over the output less, and one
-    activation less to keep for the backward pass, which reaches the weights through the product."""
-    if not isinstance(norm, FrozenBatchNorm2d):
-        return norm(conv(x))
+def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, relu: bool = False) -> Tensor:
+    """`norm(conv(x))`, and a ReLU if wanted. A frozen norm is folded into the convolution's weights: one pass over the
+    output less, and one activation less to keep for the backward pass, which reaches the weights through the
+    product."""
+    if not isinstance(norm, FrozenBatchNorm2d) or isinstance(conv, DeformConv2d):
+        return F.relu_(norm(conv(x))) if relu else norm(conv(x))
     scale, shift = norm.scale_and_shift()
     weight = conv.weight * scale[:, None, None, None]
-    return conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups, relu)
 
 
 class Conv2d(nn.Conv2d):
     """nn.Conv2d by the fastest kernel at hand. Zero padding only."""
 
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups, relu)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by the fastest kernel at hand, of [R, C]."""
+
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        return linear(x, self.weight, self.bias, relu)
+
+
+def with_relu(layer: nn.Module, x: Tensor) -> Tensor:
+    """`relu(layer(x))`, in one pass over the output where the layer can."""
+    return layer(x, relu=True) if isinstance(layer, Conv2d | Linear) else F.relu_(layer(x))
+
+
+class DeformConv2d(nn.Module):
+    """A 3x3 convolution whose taps move (Dai et al. 2017, section 2.1) and, where `modulated`, are weighted (Zhu et al.
+    2019, section 3.2). The convolution `offset` predicts how far and how much: 2 or 3 planes a tap and offset group.
+
+    It starts at zero, as in both papers: no tap moves, and each weighs .5 where modulated.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        offset_groups: int = 1,
+        modulated: bool = False,
+    ) -> None:
+        super().__init__()
+        self.offset_groups, self.modulated = offset_groups, modulated
+        planes = offset_groups * 9 * (3 if modulated else 2)
+        self.offset = nn.Conv2d(in_channels, planes, 3, stride, dilation, dilation)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride, dilation, dilation, groups, bias=False)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        offset, mask, conv = self.offset(x), None, self.conv
+        if self.modulated:
+            offset, mask = offset.split([18 * self.offset_groups, 9 * self.offset_groups], dim=1)
+            mask = mask.sigmoid()
+        places = (conv.stride, conv.padding, conv.dilation, conv.groups, self.offset_groups)
+        return deform_conv2d(x, offset, mask, conv.weight, None, *places)
 
 
 def group_norm(groups: int, channels_per_group: int, eps: float) -> Norm:
@@ -111,10 +160,12 @@ def conv(
     norm: Norm | None = None,
     relu: bool = False,
     init: Callable[[Tensor], object] = lambda weight: nn.init.kaiming_uniform_(weight, a=1),
+    dilation: int = 1,
 ) -> nn.Module:
     """A same-size convolution; with a norm or ReLU a Sequential, so that parameters are named `0.weight`, `1.weight`
     as in maskrcnn-benchmark. The default initialisation is Caffe2's XavierFill."""
-    layer = Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=norm is None)
+    padding = kernel // 2 * dilation
+    layer = Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=norm is None)
     init(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

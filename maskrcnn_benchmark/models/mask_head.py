@@ -7,27 +7,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import masks
+from ..ops.convolution import conv2d
 from ..structures import BitmapBatch, Detections, PolygonBatch, Targets, flatten_valid
 from .box_head import SampledRoIs, image_index_of, unflatten
-from .layers import Norm, conv, init_he
+from .layers import Norm, conv, init_he, with_relu
 from .roi_pool import RoIPool
 
 
 class ConvFeatureExtractor(nn.Module):
     """3x3 convolutions over the pooled map, `mask_fcn1` and on."""
 
-    def __init__(self, in_channels: int, channels: tuple[int, ...], norm: Norm | None = None) -> None:
+    def __init__(
+        self, in_channels: int, channels: tuple[int, ...], norm: Norm | None = None, dilation: int = 1
+    ) -> None:
         super().__init__()
         self.blocks = []
         for number, out_channels in enumerate(channels, start=1):
-            self.add_module(f"mask_fcn{number}", conv(in_channels, out_channels, 3, norm, init=init_he))
+            self.add_module(
+                f"mask_fcn{number}", conv(in_channels, out_channels, 3, norm, init=init_he, dilation=dilation)
+            )
             self.blocks.append(f"mask_fcn{number}")
             in_channels = out_channels
         self.out_channels = in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         for name in self.blocks:
-            x = F.relu_(getattr(self, name)(x))
+            x = with_relu(getattr(self, name), x)
         return x
 
 
@@ -51,7 +56,7 @@ class MaskPredictor(nn.Module):
         """label [R] int64: the class of each RoI; where there are fewer maps than classes, the last serves the rest."""
         last, upsample = self.mask_fcn_logits, self.conv5_mask
         quarters = upsample.weight.permute(2, 3, 1, 0).flatten(0, 2)[..., None, None]
-        x = F.relu_(F.conv2d(x, quarters, upsample.bias.repeat(4)))
+        x = conv2d(x, quarters, upsample.bias.repeat(4), relu=True)
         label = label.clamp(max=last.out_channels - 1)
         weight, bias = (parameter.flatten(1)[label].to(x.dtype) for parameter in (last.weight, last.bias[:, None]))
         pixels = x.permute(0, 2, 3, 1).reshape(len(x), 4 * x.shape[2] * x.shape[3], last.in_channels)
@@ -66,6 +71,7 @@ class MaskHead(nn.Module):
     feature_extractor: the box head's own when `share_features` (C4): then the losses read the features that the box
     head made.
     soft_bitmap_targets: targets from bitmaps keep their fractions (torchvision).
+    plus_one: targets are cropped by maskrcnn-benchmark's arithmetic.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class MaskHead(nn.Module):
         share_features: bool = False,
         soft_bitmap_targets: bool = False,
         positives_per_image: int = 128,
+        plus_one: bool = False,
         compact: bool = False,
     ) -> None:
         super().__init__()
@@ -85,6 +92,7 @@ class MaskHead(nn.Module):
         self.share_features = share_features
         self.soft_bitmap_targets = soft_bitmap_targets
         self.positives_per_image = positives_per_image
+        self.plus_one = plus_one
         self.compact = compact
 
     def forward(self, features: list[Tensor], boxes: Tensor, image_index: Tensor, label: Tensor) -> Tensor:
@@ -116,8 +124,10 @@ class MaskHead(nn.Module):
         """[R, size, size] float32: the masks of `instance` [R] within `boxes` [R, 4]."""
         if isinstance(truth, PolygonBatch):
             packed = (truth.points, truth.polygon_offsets, truth.instance_offsets)
-            return masks.polygon_targets(*packed, instance, boxes, size)
-        return masks.bitmap_targets(truth.bitmaps.flatten(0, 1), instance, boxes, size, self.soft_bitmap_targets)
+            crop = masks.inclusive_crop(boxes) if self.plus_one else boxes
+            return masks.polygon_targets(*packed, instance, crop, size)
+        draw = masks.bitmap_targets_whole_pixels if self.plus_one else masks.bitmap_targets
+        return draw(truth.bitmaps.flatten(0, 1), instance, boxes, size, self.soft_bitmap_targets)
 
     def detect(self, features: list[Tensor], detections: Detections) -> Detections:
         """`detections` with masks [B, D, M, M], probabilities of each one's class."""

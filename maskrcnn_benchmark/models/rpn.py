@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import matching, nms
+from ..ops import boxes, matching, nms
 from ..ops.proposals import WEIGHTS, decode_and_clip
 from ..structures import Proposals, Targets
 from .anchors import AnchorGenerator
-from .layers import Conv2d, normal_layer
+from .layers import Conv2d, normal_layer, with_relu
 from .losses import box_loss, objectness_loss
 from .sampling import sample
 
@@ -27,7 +26,7 @@ class RPNHead(nn.Module):
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps [B, C, H, W] -> objectness logits [B, A, H, W] and box deltas [B, 4 * A, H, W], a level each."""
-        hidden = [F.relu_(self.conv(feature)) for feature in features]
+        hidden = [with_relu(self.conv, feature) for feature in features]
         return [self.cls_logits(h) for h in hidden], [self.bbox_pred(h) for h in hidden]
 
 
@@ -39,6 +38,9 @@ class RPN(nn.Module):
     straddle: anchors further outside the image than this are left out of the loss; negative: none.
     loss_normalizer: "sampled" (number of sampled anchors) or "batch" (batch_size x images, detectron2).
     focal: (alpha, gamma) of a focal loss of objectness in place of cross entropy.
+    rank_by: what the best anchors are chosen by: "logit", or "probability", in which float32 makes large logits equal.
+    plus_one: maskrcnn-benchmark's arithmetic: a proposal keeps one pixel of the image, and `straddle` counts from an
+        anchor's last pixel.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class RPN(nn.Module):
         smooth_l1_beta: float = 1 / 9,
         loss_normalizer: str = "sampled",
         focal: tuple[float, float] | None = None,
+        rank_by: str = "logit",
+        plus_one: bool = False,
     ) -> None:
         super().__init__()
         self.head = head
@@ -68,6 +72,7 @@ class RPN(nn.Module):
         self.batch_size, self.positive_fraction = batch_size, positive_fraction
         self.straddle = straddle
         self.smooth_l1_beta, self.loss_normalizer, self.focal = smooth_l1_beta, loss_normalizer, focal
+        self.rank_by, self.plus_one = rank_by, plus_one
 
     def forward(
         self, features: list[Tensor], image_shape: tuple[int, int], sizes: Tensor, targets: Targets | None = None
@@ -98,20 +103,22 @@ class RPN(nn.Module):
         """
         pre_nms, post_nms = (x[0 if self.training else 1] for x in (self.pre_nms, self.post_nms))
         scores, chosen, levels, first = [], [], [], 0
+        by_logit = self.rank_by == "logit"
         for level, logit in enumerate(logits):
-            score, index = logit.topk(min(pre_nms, logit.shape[1]), dim=1)
+            score, index = (logit if by_logit else logit.sigmoid()).topk(min(pre_nms, logit.shape[1]), dim=1)
             scores.append(score)
             chosen.append(index + first)
             levels.append(torch.full_like(index, level))
             first += logit.shape[1]
         score, index, level = torch.cat(scores, 1), torch.cat(chosen, 1), torch.cat(levels, 1)
-        box, valid = decode_and_clip(deltas, anchors, index, sizes, min_size=self.min_size)
+        least_side = 1.0 if self.plus_one else 0.0
+        box, valid = decode_and_clip(deltas, anchors, index, sizes, min_size=self.min_size, least_side=least_side)
         index, keep = nms.nms(box, score, level, valid & score.isfinite(), self.nms_threshold, post_nms)
         box = box.gather(1, index[..., None].expand(-1, -1, 4))
         score = score.gather(1, index)
         if self.training and self.post_nms_per_batch:
             keep = keep & best_of_batch(score, keep, post_nms)
-        return Proposals(boxes=box, scores=score.sigmoid(), valid=keep)
+        return Proposals(boxes=box, scores=score.sigmoid() if by_logit else score, valid=keep)
 
     def losses(
         self, logits: Tensor, deltas: Tensor, anchors: Tensor, sizes: Tensor, targets: Targets
@@ -122,7 +129,8 @@ class RPN(nn.Module):
                 targets.boxes, targets.valid, anchors, self.foreground_iou, self.background_iou, True
             )
             if self.straddle >= 0:
-                label = torch.where(inside(anchors, sizes, self.straddle), label, -1)
+                corners = boxes.to_inclusive(anchors) if self.plus_one else anchors
+                label = torch.where(inside(corners, sizes, self.straddle), label, -1)
             chosen = sample(label, self.batch_size, self.positive_fraction)
             truth = targets.boxes.gather(1, matched.gather(1, chosen.index)[..., None].expand(-1, -1, 4))
             box = anchors[chosen.index]

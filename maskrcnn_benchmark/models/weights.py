@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from .anchors import AnchorGenerator
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,10 @@ State = dict[str, Tensor]
 Rules = list[tuple[str, str | Callable[[re.Match], str]]]
 
 # Buffers that peers save and that follow from the configuration here.
-DERIVED = re.compile(r"(^|\.)(num_batches_tracked|pixel_mean|pixel_std|anchor_generator\.cell_anchors\.\d+)$")
+DERIVED = re.compile(
+    r"(^|\.)(num_batches_tracked|positives_average|pixel_mean|pixel_std|anchor_generator\.cell_anchors\.\d+)$"
+)
+STEM = "backbone.body.stem.conv1.weight"  # the convolution that reads the image
 # Layers that have a part for each class of the data.
 CLASS_LAYERS = re.compile(r"^roi_heads\..*\.(cls_score|bbox_pred|mask_fcn_logits)\.(weight|bias)$")
 CLASSIFIER = re.compile(r"^(fc|stem\.fc|fc1000|pred)(\.|_)")  # the ImageNet classifier of a backbone's file
@@ -38,6 +42,17 @@ TORCHVISION: Rules = [
     (r"^roi_heads\.mask_head\.(\d)\.0\.", lambda m: f"roi_heads.mask.feature_extractor.mask_fcn{int(m[1]) + 1}."),
     (r"^roi_heads\.mask_head\.", "roi_heads.mask.feature_extractor."),  # before torchvision 0.14
     (r"^roi_heads\.mask_predictor\.", "roi_heads.mask.predictor."),
+    (
+        r"^roi_heads\.keypoint_head\.(\d+)\.",
+        lambda m: f"roi_heads.keypoint.feature_extractor.conv_fcn{int(m[1]) // 2 + 1}.",
+    ),
+    (r"^roi_heads\.keypoint_predictor\.", "roi_heads.keypoint.predictor."),
+    (r"^backbone\.fpn\.extra_blocks\.", "backbone.fpn.top_blocks."),
+    (r"^head\.classification_head\.cls_logits\.", "rpn.head.cls_logits."),
+    (r"^head\.regression_head\.bbox_reg\.", "rpn.head.bbox_pred."),
+    (r"^head\.(classification|regression)_head\.conv\.(\d)\.0\.", lambda m: f"head.{m[1]}_head.conv.{2 * int(m[2])}."),
+    (r"^head\.classification_head\.conv\.", "rpn.head.cls_tower."),  # before torchvision 0.13 from here on
+    (r"^head\.regression_head\.conv\.", "rpn.head.bbox_tower."),
 ]
 TORCHVISION_BACKBONE: Rules = [
     (r"^(conv1|bn1)\.", r"backbone.body.stem.\1."),
@@ -60,6 +75,12 @@ DETECTRON2: Rules = [
     (r"^roi_heads\.mask_head\.deconv\.", "roi_heads.mask.predictor.conv5_mask."),
     (r"^roi_heads\.mask_head\.predictor\.", "roi_heads.mask.predictor.mask_fcn_logits."),
     (r"^roi_heads\.mask_head\.", "roi_heads.mask.feature_extractor."),
+    (r"^roi_heads\.keypoint_head\.score_lowres\.", "roi_heads.keypoint.predictor.kps_score_lowres."),
+    (r"^roi_heads\.keypoint_head\.", "roi_heads.keypoint.feature_extractor."),
+    (r"^backbone\.top_block\.", "backbone.fpn.top_blocks."),
+    (r"^head\.(cls|bbox)_subnet\.", r"rpn.head.\1_tower."),
+    (r"^head\.cls_score\.", "rpn.head.cls_logits."),
+    (r"^head\.bbox_pred\.", "rpn.head.bbox_pred."),
 ]
 # Detectron's ImageNet backbones (MSRA's and FAIR's R-50.pkl): res2_0_branch2a_w, res2_0_branch2a_bn_s, ...
 DETECTRON_BACKBONE: Rules = [
@@ -85,6 +106,24 @@ def _background_first(state: State) -> None:
             state[name] = torch.cat((torch.zeros_like(tensor[:1]), tensor))
 
 
+def _ratio_outside(state: State, ratios: int) -> None:
+    """detectron2 has the anchors of a cell by size and within it by ratio; here it is the other way round."""
+    anchors = len(state.get("rpn.head.bbox_pred.bias", ())) // 4
+    for name in [name for name in state if re.search(r"^rpn\.head\.(cls_logits|bbox_pred)\.", name)]:
+        by_size = state[name].unflatten(0, (anchors // ratios, ratios, -1))
+        state[name] = by_size.transpose(0, 1).flatten(0, 2)
+
+
+def _pyramid_from_c3(state: State) -> None:
+    """torchvision counts a pyramid's levels from its first one, which is C3 where there are P6 and P7."""
+    if "backbone.fpn.top_blocks.p6.weight" in state:
+        levels = {name: re.search(r"^backbone\.fpn\.fpn_(inner|layer)(\d)\.", name) for name in state}
+        moved = {name: state.pop(name) for name, level in levels.items() if level}
+        for name, tensor in moved.items():
+            start, end = levels[name].span(2)
+            state[f"{name[:start]}{int(levels[name][2]) + 1}{name[end:]}"] = tensor
+
+
 def _shared_res5(state: State) -> None:
     """The C4 heads share one res5, which has two names here, as in maskrcnn-benchmark."""
     box, mask = "roi_heads.box.feature_extractor.head.", "roi_heads.mask.feature_extractor.head."
@@ -103,15 +142,17 @@ def _affine_norms(state: State) -> None:
 # format -> (a name that only it has, rules, changes to the renamed tensors)
 FORMATS: dict[str, tuple[str, Rules, list[Callable[[State], None]]]] = {
     "maskrcnn_benchmark": (r"^(module\.)?backbone\.body\.stem\.", [(r"^module\.", "")], []),
-    "torchvision": (r"^backbone\.body\.conv1\.", TORCHVISION, []),
+    "torchvision": (r"^backbone\.body\.conv1\.", TORCHVISION, [_pyramid_from_c3]),
     "detectron2": (r"^backbone\.(bottom_up\.)?stem\.conv1\.", DETECTRON2, [_background_first, _shared_res5]),
     "torchvision backbone": (r"^conv1\.weight$", TORCHVISION_BACKBONE, []),
     "detectron backbone": (r"^conv1_w$", DETECTRON_BACKBONE, [_affine_norms]),
 }
 
 
-def convert(state: State, source: str) -> tuple[State, str]:
+def convert(state: State, source: str, ratios: int = 3) -> tuple[State, str]:
     """A foreign state dict under our names, and the name of its format.
+
+    ratios: aspect ratios of the anchors, 3 in every published model.
 
     Raises:
         CheckpointError: no known format has such names.
@@ -130,6 +171,8 @@ def convert(state: State, source: str) -> tuple[State, str]:
         renamed[key] = tensor
     for change in changes:
         change(renamed)
+    if name == "detectron2":
+        _ratio_outside(renamed, ratios)
     return renamed, name
 
 
@@ -142,11 +185,14 @@ def load_weights(model: nn.Module, path: str, allow_pickle: bool = False, replac
     Raises:
         CheckpointError: the file is missing or damaged, or belongs to another model.
     """
-    state, name = convert(read(resolve(path), allow_pickle), path)
+    ratios = next((part.ratios for part in model.modules() if isinstance(part, AnchorGenerator)), 3)
+    state, name = convert(read(resolve(path), allow_pickle), path, ratios)
     wanted = model.state_dict()
     if name.endswith("backbone"):
         wanted = {key: tensor for key, tensor in wanted.items() if key.startswith("backbone.body.")}
     wanted = {key: tensor for key, tensor in wanted.items() if not DERIVED.search(key)}
+    if STEM in state and STEM in wanted:
+        state[STEM] = inflate(state[STEM], wanted[STEM].shape[1])
     res5 = "backbone.body.layer4."
     if name.endswith("backbone") and not any(key.startswith(res5) for key in wanted):
         state = _move_res5_to_head(state, model, wanted, res5)
@@ -156,6 +202,19 @@ def load_weights(model: nn.Module, path: str, allow_pickle: bool = False, replac
     model.load_state_dict(state, strict=False)
     logger.info("loaded %d tensors from %s (%s)", len(state), path, name)
     return name
+
+
+def inflate(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution's weights [O, 3, k, k] for images of another number of channels: [O, channels, k, k].
+
+    What the first three channels had they keep, further ones get their mean (where there are fewer than three, all do),
+    and all is scaled by 3 / channels: an image whose channels are equal gets the response it had.
+    """
+    if weight.shape[1] != 3 or channels == 3:
+        return weight
+    mean = weight.mean(1, keepdim=True)
+    kept = weight if channels > 3 else weight[:, :0]
+    return torch.cat([kept, *[mean] * (channels - kept.shape[1])], 1) * (3 / channels)
 
 
 def _move_res5_to_head(state: State, model: nn.Module, wanted: State, res5: str) -> State:
@@ -172,7 +231,9 @@ def _move_res5_to_head(state: State, model: nn.Module, wanted: State, res5: str)
 
 def _drop_other_classes(state: State, wanted: State, source: str) -> None:
     """Takes from both the layers a class whose shapes differ."""
-    for key in [key for key in state if key in wanted and CLASS_LAYERS.search(key)]:
+    retinanet = any(".cls_tower." in key for key in wanted)
+    layers = re.compile(f"{CLASS_LAYERS.pattern}|^rpn\\.head\\.cls_logits\\.") if retinanet else CLASS_LAYERS
+    for key in [key for key in state if key in wanted and layers.search(key)]:
         if state[key].shape != wanted[key].shape:
             there, here = tuple(state.pop(key).shape), tuple(wanted.pop(key).shape)
             logger.warning("%s: dropped %s, which is %s there and %s here; it starts fresh", source, key, there, here)

@@ -1,4 +1,9 @@
-"""Functions of boxes: `[..., 4]` tensors of `x1, y1, x2, y2` in pixels, without the legacy "+1"."""
+"""Functions of boxes: `[..., 4]` tensors of `x1, y1, x2, y2` in pixels, without the legacy "+1".
+
+Detectron and maskrcnn-benchmark name a box by the first and the last pixel inside, so that its width is x2 - x1 + 1.
+Such an inclusive box is `x1, y1, x2 + 1, y2 + 1` here: then areas, overlaps, coder and suppression are the same, and
+only what takes a corner for the position of a pixel (resizing, RoIAlign, cropping and pasting masks) must know.
+"""
 
 from __future__ import annotations
 
@@ -113,10 +118,31 @@ def _aspect_angle(boxes: Tensor) -> Tensor:
     return torch.atan2(width, torch.where(width + height > 0, height, 1))
 
 
-def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes [B, K, 4] cut to their images: sizes [B, 2] are (height, width) in pixels."""
-    limit = sizes.flip(-1).repeat(1, 2).unsqueeze(1).to(boxes.dtype)
-    return torch.minimum(boxes.clamp(min=0), limit)
+def clip(boxes: Tensor, sizes: Tensor, least_side: float = 0.0) -> Tensor:
+    """Boxes [B, K, 4] cut to their images: sizes [B, 2] are (height, width) in pixels.
+
+    least_side: what is left of each side at least, next to the border that a box lies beyond; maskrcnn-benchmark, which
+    clips first and last pixels to 0..width - 1, leaves 1.
+    """
+    limit = sizes.flip(-1).unsqueeze(1).to(boxes.dtype)
+    first = torch.minimum(boxes[..., :2].clamp(min=0), limit - least_side)
+    return torch.cat([first, torch.minimum(boxes[..., 2:].clamp(min=least_side), limit)], dim=-1)
+
+
+def to_inclusive(boxes: Tensor) -> Tensor:
+    """Boxes [..., 4] by the positions of their first and last pixels: x1, y1, x2 - 1, y2 - 1."""
+    return torch.cat([boxes[..., :2], boxes[..., 2:] - 1], dim=-1)
+
+
+def from_inclusive(boxes: Tensor) -> Tensor:
+    """Boxes [..., 4] given by the positions of their first and last pixels: the inverse of `to_inclusive`."""
+    return torch.cat([boxes[..., :2], boxes[..., 2:] + 1], dim=-1)
+
+
+def rescale(boxes: Tensor, factors: Tensor, plus_one: bool = False) -> Tensor:
+    """Boxes [..., 4] of an image that is resized by `factors` [..., 4]; plus_one: the positions of their first and last
+    pixels are scaled, as maskrcnn-benchmark does, and the last one stays a pixel wide."""
+    return from_inclusive(to_inclusive(boxes) * factors) if plus_one else boxes * factors
 
 
 def to_xywh(boxes: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Convolution: torch's, except where ours is faster."""
+"""Convolutions and linear layers: torch's, except where ours are faster."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from torch import Tensor
 
 from .library import LIBRARY, kernel_in_use, register_composite
 
-LIBRARY.define("conv3x3(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+LIBRARY.define("conv3x3(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor")
 LIBRARY.define("conv3x3_input_gradient(Tensor grad, Tensor weight) -> Tensor")
-LIBRARY.define("conv3x3_weight_gradient(Tensor grad, Tensor input) -> Tensor")
+LIBRARY.define("conv3x3_weight_gradient(Tensor grad, Tensor input) -> (Tensor, Tensor)")
+LIBRARY.define("pointwise(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor")
+LIBRARY.define("pointwise_input_gradient(Tensor grad, Tensor weight) -> Tensor")
+LIBRARY.define("pointwise_weight_gradient(Tensor grad, Tensor input) -> (Tensor, Tensor)")
 
 
 def conv2d(
@@ -21,24 +24,48 @@ def conv2d(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
+    relu: bool = False,
 ) -> Tensor:
-    """torch.nn.functional.conv2d, autocast included; where the input's device has a conv3x3 kernel, that kernel for 3x3
-    kernels of stride 1 and padding 1."""
-    same = (tuple(weight.shape[2:]), stride, padding, dilation, groups) == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-    if not (same and _has_kernel(input.device.type)):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if torch.is_autocast_enabled(input.device.type):
-        input = input.to(torch.get_autocast_dtype(input.device.type))
-    return conv3x3(input, weight, bias)
+    """torch.nn.functional.conv2d, autocast included, and a ReLU if wanted; where the input's device has kernels of
+    ours, conv3x3 for 3x3 kernels of stride 1 and padding 1, and pointwise for 1x1 kernels in bfloat16."""
+    kernel = tuple(weight.shape[2:])
+    if (kernel, stride, padding, dilation, groups) == ((3, 3), (1, 1), (1, 1), (1, 1), 1):
+        if _has_kernel("conv3x3", input.device.type):
+            return conv3x3(_autocast(input), weight, bias, relu)
+    elif (kernel, padding, groups) == ((1, 1), (0, 0), 1) and _takes_pointwise(input):
+        return pointwise(_autocast(input)[:, :, :: stride[0], :: stride[1]], weight, bias, relu)
+    result = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return F.relu_(result) if relu else result
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """torch.nn.functional.linear of [R, C], autocast included, and a ReLU if wanted; pointwise where that serves the
+    device's bfloat16."""
+    if _takes_pointwise(input):
+        return pointwise(_autocast(input), weight, bias, relu)
+    result = F.linear(input, weight, bias)
+    return F.relu_(result) if relu else result
+
+
+def _autocast(input: Tensor) -> Tensor:
+    device = input.device.type
+    return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
+
+
+def _takes_pointwise(input: Tensor) -> bool:
+    device = input.device.type
+    if not _has_kernel("pointwise", device):
+        return False
+    return torch.bfloat16 == (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype)
 
 
 @torch.compiler.assume_constant_result
-def _has_kernel(device_type: str) -> bool:
-    return kernel_in_use("conv3x3", device_type) == "native"
+def _has_kernel(op: str, device_type: str) -> bool:
+    return kernel_in_use(op, device_type) == "native"
 
 
-def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Convolution of stride 1 and zero padding 1.
+def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """Convolution of stride 1 and zero padding 1, and a ReLU if wanted.
 
     input: [B, C, H, W], floating point. weight: [K, C, 3, 3] and bias: [K], of any precision: the kernel reads them as
     they are, so that mixed precision needs no copy of a float32 weight, whose gradient is float32 without a detour.
@@ -58,31 +85,83 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"conv3x3: bias must be [K] = [{len(weight)}], got {list(bias.shape)}")
-    return torch.ops.maskrcnn_benchmark.conv3x3(input, weight, bias)
+    return torch.ops.maskrcnn_benchmark.conv3x3(input, weight, bias, relu)
 
 
-def conv3x3_composite(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def pointwise(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """A linear map of the second dimension, and a ReLU if wanted: a fully connected layer of [R, C], a 1x1 convolution
+    of [B, C, H, W].
+
+    input: [R, C] or [B, C, H, W], floating point. weight: [K, C] or [K, C, 1, 1] and bias: [K], of any precision, as
+    for conv3x3: a float32 weight is rounded on its way into the product, and its gradient is float32.
+
+    The kernel for CPUs with AVX-512 and its bfloat16 instructions, without AMX, serves bfloat16 and channels in
+    multiples of 32; other problems are torch's.
+
+    Returns [R, K] or [B, K, H, W], channels-last, of the input's dtype. Differentiable in all three, once.
+    """
+    if input.dim() not in (2, 4) or tuple(weight.shape[1:]) not in ((input.shape[1],), (input.shape[1], 1, 1)):
+        raise ValueError(
+            "pointwise: input must be [R, C] or [B, C, H, W] and weight [K, C] or [K, C, 1, 1], got "
+            f"{list(input.shape)} {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"pointwise: bias must be [K] = [{len(weight)}], got {list(bias.shape)}")
+    return torch.ops.maskrcnn_benchmark.pointwise(input, weight, bias, relu)
+
+
+def conv3x3_composite(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     bias = None if bias is None else bias.to(input.dtype)
-    return _channels_last(F.conv2d(input, weight.to(input.dtype), bias, padding=1))
+    return _finish(F.conv2d(input, weight.to(input.dtype), bias, padding=1), relu)
 
 
 def conv3x3_input_gradient_composite(grad: Tensor, weight: Tensor) -> Tensor:
     return _channels_last(F.conv_transpose2d(grad, weight.to(grad.dtype), padding=1))
 
 
-def conv3x3_weight_gradient_composite(grad: Tensor, input: Tensor) -> Tensor:
+def conv3x3_weight_gradient_composite(grad: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
     shape = (grad.shape[1], input.shape[1], 3, 3)
     gradient = torch.nn.grad.conv2d_weight(input, shape, grad, padding=1)
-    return _channels_last(gradient.to(_gradient_dtype(input)))
+    return _channels_last(gradient.to(_gradient_dtype(input))), _bias_gradient(grad)
+
+
+def pointwise_composite(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    bias, weight = None if bias is None else bias.to(input.dtype), weight.to(input.dtype)
+    if input.dim() == 2:
+        return _finish(F.linear(input, weight.flatten(1), bias), relu)
+    return _finish(F.conv2d(input, weight.reshape(*weight.shape[:2], 1, 1), bias), relu)
+
+
+def pointwise_input_gradient_composite(grad: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.to(grad.dtype)
+    if grad.dim() == 2:
+        return grad @ weight.flatten(1)
+    return _channels_last(F.conv_transpose2d(grad, weight.reshape(*weight.shape[:2], 1, 1)))
+
+
+def pointwise_weight_gradient_composite(grad: Tensor, input: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.einsum("bk...,bc...->kc", grad, input).to(_gradient_dtype(input)), _bias_gradient(grad)
 
 
 register_composite("conv3x3", conv3x3_composite)
 register_composite("conv3x3_input_gradient", conv3x3_input_gradient_composite)
 register_composite("conv3x3_weight_gradient", conv3x3_weight_gradient_composite)
+register_composite("pointwise", pointwise_composite)
+register_composite("pointwise_input_gradient", pointwise_input_gradient_composite)
+register_composite("pointwise_weight_gradient", pointwise_weight_gradient_composite)
+
+
+def _finish(result: Tensor, relu: bool) -> Tensor:
+    result = F.relu(result) if relu else result
+    return _channels_last(result) if result.dim() == 4 else result
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _bias_gradient(grad: Tensor) -> Tensor:
+    return grad.sum([0, *range(2, grad.dim())], dtype=_gradient_dtype(grad))
 
 
 def _gradient_dtype(input: Tensor) -> torch.dtype:
@@ -90,40 +169,69 @@ def _gradient_dtype(input: Tensor) -> torch.dtype:
     return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
-def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+def _like(tensor: Tensor, channels: int) -> Tensor:
+    """For fake kernels: a map like `tensor` with other channels, channels-last; or rows."""
+    memory_format = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+    shape = (tensor.shape[0], channels, *tensor.shape[2:])
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format)
 
 
 @torch.library.register_fake("maskrcnn_benchmark::conv3x3", lib=LIBRARY)
-def _(input, weight, bias):
-    return _empty(input, (input.shape[0], weight.shape[0], *input.shape[2:]), input.dtype)
+@torch.library.register_fake("maskrcnn_benchmark::pointwise", lib=LIBRARY)
+def _(input, weight, bias, relu):
+    return _like(input, weight.shape[0])
 
 
 @torch.library.register_fake("maskrcnn_benchmark::conv3x3_input_gradient", lib=LIBRARY)
+@torch.library.register_fake("maskrcnn_benchmark::pointwise_input_gradient", lib=LIBRARY)
 def _(grad, weight):
-    return _empty(grad, (grad.shape[0], weight.shape[1], *grad.shape[2:]), grad.dtype)
+    return _like(grad, weight.shape[1])
 
 
 @torch.library.register_fake("maskrcnn_benchmark::conv3x3_weight_gradient", lib=LIBRARY)
 def _(grad, input):
-    return _empty(grad, (grad.shape[1], input.shape[1], 3, 3), _gradient_dtype(input))
+    weight = torch.empty(
+        (grad.shape[1], input.shape[1], 3, 3),
+        dtype=_gradient_dtype(input),
+        device=grad.device,
+        memory_format=torch.channels_last,
+    )
+    return weight, weight.new_empty(grad.shape[1])
+
+
+@torch.library.register_fake("maskrcnn_benchmark::pointwise_weight_gradient", lib=LIBRARY)
+def _(grad, input):
+    weight = grad.new_empty((grad.shape[1], input.shape[1]), dtype=_gradient_dtype(input))
+    return weight, weight.new_empty(grad.shape[1])
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    input, weight, bias = inputs
-    ctx.save_for_backward(input, weight)
+    input, weight, bias, relu = inputs
+    ctx.save_for_backward(input, weight, *([output] if relu else []))
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx, grad):
-    ops = torch.ops.maskrcnn_benchmark
-    input, weight = ctx.saved_tensors
-    wants_input, wants_weight, wants_bias = ctx.needs_input_grad
-    return (
-        ops.conv3x3_input_gradient(grad, weight) if wants_input else None,
-        ops.conv3x3_weight_gradient(grad, input).to(weight.dtype) if wants_weight else None,
-        grad.sum((0, 2, 3), dtype=_gradient_dtype(grad)).to(ctx.bias_dtype) if wants_bias else None,
+def _gradients(name: str):
+    def backward(ctx, grad):
+        ops = torch.ops.maskrcnn_benchmark
+        input, weight, *positive = ctx.saved_tensors
+        for output in positive:
+            grad = torch.ops.aten.threshold_backward(grad, output, 0)
+        wants_input, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        for_input = for_weight = for_bias = None
+        if wants_input:
+            for_input = getattr(ops, f"{name}_input_gradient")(grad, weight)
+        if wants_weight:
+            for_weight, for_bias = getattr(ops, f"{name}_weight_gradient")(grad, input)
+            for_weight = for_weight.to(weight.dtype).view_as(weight)
+        if wants_bias:
+            for_bias = (for_bias if wants_weight else _bias_gradient(grad)).to(ctx.bias_dtype)
+        return for_input, for_weight, for_bias if wants_bias else None, None
+
+    return backward
+
+
+for _name in ("conv3x3", "pointwise"):
+    torch.library.register_autograd(
+        f"maskrcnn_benchmark::{_name}", _gradients(_name), setup_context=_setup_context, lib=LIBRARY
     )
-
-
-torch.library.register_autograd("maskrcnn_benchmark::conv3x3", _backward, setup_context=_setup_context, lib=LIBRARY)

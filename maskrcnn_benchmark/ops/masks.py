@@ -68,6 +68,55 @@ def bitmap_targets(bitmaps: Tensor, instance: Tensor, boxes: Tensor, size: int, 
     return values if soft else (values >= 0.5).to(values.dtype)
 
 
+def inclusive_crop(boxes: Tensor) -> Tensor:
+    """The part of a polygon mask that maskrcnn-benchmark crops for boxes [..., 4] xyxy, given as everywhere without the
+    "+1": from the position of the first pixel to that of the last one, though a pixel wide at least."""
+    first, last = boxes[..., :2], boxes[..., 2:] - 1
+    return torch.cat([first, torch.maximum(last, first + 1)], dim=-1)
+
+
+def bitmap_targets_whole_pixels(bitmaps: Tensor, instance: Tensor, boxes: Tensor, size: int, soft: bool) -> Tensor:
+    """`bitmap_targets` by maskrcnn-benchmark's arithmetic (its BinaryMaskList): the positions of a box's first and last
+    pixel are rounded, the bitmap is cropped from the first up to, but without, the last, and the crop is resized by
+    bilinear interpolation that does not look beyond it. soft False: 1 where all that a value is made of is 1."""
+    height, width = bitmaps.shape[1:]
+    limit = torch.stack([torch.full_like(instance, width), torch.full_like(instance, height)], -1).to(boxes.dtype)
+    first = torch.minimum(boxes[:, :2].round().clamp(min=0), limit - 1)
+    last = torch.maximum(torch.minimum((boxes[:, 2:] - 1).round().clamp(min=0), limit), first + 1)
+    side = (last - first)[..., None]
+    # Position and sum are rounded as torch's interpolate rounds them (a fused multiply-add, products first): the shares
+    # of four ones may add up to less than 1, which is truncated to 0.
+    cell = torch.arange(size, dtype=torch.float64, device=boxes.device) + 0.5
+    position = ((side / size).double() * cell - 0.5).to(boxes.dtype).clamp(min=0)  # [R, 2, size], in pixels of the crop
+    low = torch.minimum(position.floor(), side - 1)
+    above = position - low
+    pixel = torch.stack([low, torch.minimum(low + 1, side - 1)]) + first[..., None]
+    x, y = pixel.to(torch.int64).unbind(2)  # [2, R, size]: below and above
+    share_x, share_y = torch.stack([1 - above, above]).unbind(2)
+    flat, row = bitmaps.flatten(), (instance[:, None] * height + y) * width
+    values = boxes.new_zeros((len(boxes), size, size))
+    for i in range(2):
+        for j in range(2):
+            taps = flat[row[i][:, :, None] + x[j][:, None]]
+            values += share_y[i][:, :, None] * share_x[j][:, None] * taps
+    return values if soft else (values >= 1).to(values.dtype)
+
+
+def whole_pixel_boxes(boxes: Tensor, size: int) -> Tensor:
+    """Where `paste_masks_rle` must put masks of `size` cells to paste them as maskrcnn-benchmark does (its Masker):
+
+    boxes [D, 4], `x1, y1, x2, y2` as positions of the first and the last pixel, are enlarged by a cell on each side,
+    their corners truncated to whole pixels, and the mask with a border of zeros resized to what lies from the first
+    pixel to the last. Returns the box within that border.
+    """
+    scale = (size + 2) / size
+    half, centre = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * scale, (boxes[:, 2:] + boxes[:, :2]) * 0.5
+    first, last = (centre - half).trunc(), (centre + half).trunc()
+    side = (last - first + 1).clamp(min=1)
+    cell = side / (size + 2)
+    return torch.cat([first + cell, first + side - cell], dim=-1)
+
+
 def paste_masks_rle(masks: Tensor, boxes: Tensor, height: int, width: int, threshold: float = 0.5) -> list[dict]:
     """Masks predicted in boxes, put into an image of height x width pixels, as COCO RLEs.
 

@@ -27,12 +27,14 @@ def decode_and_clip(
     sizes: Tensor,
     clip: float = math.log(1000 / 16),
     min_size: float = 0.0,
+    least_side: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Decode the chosen anchors, cut the boxes to their images and mark those that can be used.
 
     deltas: [B, A, 4] for all anchors, as of `box_coder.decode` with weights 1; anchors: [A, 4] xyxy pixels.
     index: [B, K] int64, the chosen anchors of each image. sizes: [B, 2] (height, width) of each image in pixels.
     clip: dw and dh are cut off above here, before exp. min_size: pixels that both sides must exceed.
+    least_side: as of `boxes.clip`; above 0 both sides must reach min_size, not exceed it (maskrcnn-benchmark).
 
     Returns boxes [B, K, 4] xyxy within the image and valid [B, K] bool: False where a coordinate is not finite or a
     side is too short, and, with a box of zeros, where the index names no anchor. Boxes are float64 if deltas or anchors
@@ -51,9 +53,13 @@ def decode_and_clip(
     if sizes.shape != (batch, 2):
         raise ValueError(f"decode_and_clip: sizes must be [B, 2] = {[batch, 2]}, got {list(sizes.shape)}")
     dtype = torch.promote_types(torch.promote_types(deltas.dtype, anchors.dtype), torch.float32)
-    return torch.ops.maskrcnn_benchmark.proposals(
-        deltas.detach().to(dtype), anchors.to(dtype), index, sizes.to(dtype), clip, min_size
+    box, valid = torch.ops.maskrcnn_benchmark.proposals(
+        deltas.detach().to(dtype), anchors.to(dtype), index, sizes.to(dtype), clip, -1.0 if least_side else min_size
     )
+    if least_side:
+        box = boxes.clip(box, sizes, least_side)
+        valid = valid & (box[..., 2:] - box[..., :2] >= min_size).all(-1)
+    return box, valid
 
 
 def proposals_composite(

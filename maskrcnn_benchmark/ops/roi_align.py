@@ -56,13 +56,19 @@ def roi_align(
 
 
 def assign_levels(
-    boxes: Tensor, min_level: int, max_level: int, canonical_size: float = 224.0, canonical_level: int = 4
+    boxes: Tensor,
+    min_level: int,
+    max_level: int,
+    canonical_size: float = 224.0,
+    canonical_level: int = 4,
+    epsilon: float = 1e-8,
 ) -> Tensor:
     """Pyramid level of boxes [..., 4], counted from min_level, as int64 [...] (FPN, equation 1).
 
     A box of canonical_size x canonical_size pixels belongs to canonical_level, half the side to the level below.
+    epsilon: added to side / canonical_size against rounding: 1e-8 in detectron2, 1e-6 in maskrcnn-benchmark.
     """
-    level = canonical_level + (area(boxes).sqrt() / canonical_size + 1e-8).log2()
+    level = canonical_level + (area(boxes).sqrt() / canonical_size + epsilon).log2()
     return level.floor().nan_to_num(min_level).clamp(min_level, max_level).to(torch.int64) - min_level
 
 

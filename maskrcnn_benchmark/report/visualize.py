@@ -1,4 +1,4 @@
-"""Pictures of detections and annotations: boxes, translucent masks with contours, names and scores.
+"""Pictures of detections and annotations: boxes, translucent masks with contours, skeletons, names and scores.
 
 Images are [H, W, 3] uint8 RGB arrays.
 """
@@ -42,6 +42,8 @@ PALETTE: tuple[Color, ...] = tuple(
     for color in _OKABE_ITO
 )
 _MASK_OPACITY = 0.4
+# Keypoints of a lower score are not drawn; annotated ones have visibility 1 or 2
+_LEAST_KEYPOINT_SCORE = 0.05
 # Fonts with Chinese, Japanese and Korean characters, then one without: beginnings of file names, lower case
 _CJK_FONTS = ("notosanscjk", "notosanssc", "sourcehansans", "wqy-", "droidsansfallback", "pingfang", "msyh", "simhei")
 _CJK_FONTS += ("arialunicode",)
@@ -60,18 +62,22 @@ def draw(
     scores: Sequence[float | None] | None = None,
     masks: Sequence[np.ndarray | dict[str, Any] | None] | None = None,
     colors: Sequence[Color] | None = None,
+    keypoints: Sequence[np.ndarray | None] | None = None,
+    limbs: Sequence[Sequence[int]] = (),
 ) -> np.ndarray:
     """A copy of the image with N objects drawn on it, the highest score on top; without scores the smallest.
 
     boxes: [N, 4] xyxy pixels. names: N, in any script. masks: N, [H, W] bool or COCO RLEs, or None.
-    colors: N; by default each name has its own, the same in every picture.
+    colors: N; by default each name has its own, the same in every picture. keypoints: N, [K, 3] (x, y, score or
+    visibility) or None; limbs: pairs of 0..K-1 that lines join.
     """
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     scores = [None] * len(boxes) if scores is None else scores
     masks = [None] * len(boxes) if masks is None else masks
     colors = [_color_of(name) for name in names] if colors is None else colors
-    if not len(boxes) == len(names) == len(scores) == len(masks) == len(colors):
-        raise ValueError("draw: boxes, names, scores, masks and colors must be equally many")
+    keypoints = [None] * len(boxes) if keypoints is None else keypoints
+    if not len(boxes) == len(names) == len(scores) == len(masks) == len(colors) == len(keypoints):
+        raise ValueError("draw: boxes, names, scores, masks, colors and keypoints must be equally many")
     canvas = np.array(image, dtype=np.uint8, order="C")
     line = max(1, round(min(canvas.shape[:2]) / 400))
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
@@ -82,17 +88,25 @@ def draw(
     for i in order:
         x1, y1, x2, y2 = (int(v) for v in np.rint(boxes[i]))
         cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), colors[i], line + 1)
+    for i in order:
+        if keypoints[i] is not None:
+            _draw_skeleton(canvas, keypoints[i], limbs, colors[i], line)
     texts = [name if score is None else f"{name} {score:.2f}" for name, score in zip(names, scores)]
     return _draw_labels(canvas, boxes, texts, colors, order)
 
 
 def draw_results(
-    image: np.ndarray, results: list[dict[str, Any]], category_names: dict[int, str], threshold: float = 0.5
+    image: np.ndarray,
+    results: list[dict[str, Any]],
+    category_names: dict[int, str],
+    threshold: float = 0.5,
+    limbs: Sequence[Sequence[int]] | None = None,
 ) -> np.ndarray:
     """A copy of the image with COCO results drawn on it, or annotations, which have no score.
 
-    results: with category_id, bbox xywh in pixels, and where they have them score and segmentation (polygons or RLE).
-    category_names: category id -> name; a category's place in it decides the colour. threshold: least score drawn.
+    results: with category_id, bbox xywh in pixels, and where they have them score, segmentation (polygons or RLE) and
+    keypoints. category_names: category id -> name; a category's place in it decides the colour. threshold: least score
+    drawn. limbs: pairs of keypoints 0..K-1 that lines join; None: keypoints are not drawn.
     """
     height, width = image.shape[:2]
     color_of = {category: PALETTE[i % len(PALETTE)] for i, category in enumerate(sorted(category_names))}
@@ -110,7 +124,14 @@ def draw_results(
         [result.get("score") for result in shown],
         [segmentation_to_rle(result.get("segmentation"), height, width) for result in shown],
         [color_of[result["category_id"]] for result in shown],
+        None if limbs is None else [_points_of(result) for result in shown],
+        limbs or (),
     )
+
+
+def _points_of(result: dict[str, Any]) -> np.ndarray | None:
+    points = result.get("keypoints")
+    return np.array(points, dtype=np.float64).reshape(-1, 3) if points else None
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray, titles: tuple[str, str]) -> np.ndarray:
@@ -144,6 +165,21 @@ def _draw_mask(canvas: np.ndarray, mask: np.ndarray, color: Color, line: int) ->
     # A dark seam keeps neighbours of one class apart
     cv2.drawContours(canvas, contours, -1, tuple(channel // 3 for channel in color), line + 2, cv2.LINE_AA)
     cv2.drawContours(canvas, contours, -1, color, line, cv2.LINE_AA)
+
+
+def _draw_skeleton(
+    canvas: np.ndarray, points: np.ndarray, limbs: Sequence[Sequence[int]], color: Color, line: int
+) -> None:
+    """Limbs of which both ends were found, and over them the points, ringed to be seen on their object's mask."""
+    shown = points[:, 2] > _LEAST_KEYPOINT_SCORE
+    places = [(round(x), round(y)) for x, y in (points[:, :2] - 0.5).tolist()]
+    for start, end in limbs:
+        if shown[start] and shown[end]:
+            cv2.line(canvas, places[start], places[end], color, line + 1, cv2.LINE_AA)
+    dark = tuple(channel // 3 for channel in color)
+    for place in (place for place, found in zip(places, shown) if found):
+        cv2.circle(canvas, place, line + 3, dark, cv2.FILLED, cv2.LINE_AA)
+        cv2.circle(canvas, place, line + 1, color, cv2.FILLED, cv2.LINE_AA)
 
 
 def _draw_labels(

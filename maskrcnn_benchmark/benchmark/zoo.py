@@ -1,0 +1,103 @@
+"""configs/README.md: every model's size, arithmetic, and what others published for the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..config import flat, get_config
+from ..device import Device
+from ..models.build import build_model
+from .flops import inference_flops
+
+# Padded (height, width) and detections of an image that GFLOPs are counted for
+SIZE = (800, 1344)
+DETECTIONS = 100
+BEGIN, END = "<!-- table: python tools/zoo.py -->", "<!-- end of the table -->"
+# Directories of configs/ that hold no models of their own
+PARTS = {"_base_", "benchmark", "conventions"}
+
+
+class Published(NamedTuple):
+    """AP in hundredths of boxes, and of masks or keypoints, and who says so."""
+
+    box: float
+    shape: float | None
+    source: str
+
+
+_ZOO = "maskrcnn-benchmark's MODEL_ZOO.md"
+_DCN = "maskrcnn-benchmark's configs/dcn"
+_DETECTRON = "Detectron, by maskrcnn-benchmark's MODEL_ZOO.md"
+PUBLISHED = {
+    "e2e_faster_rcnn_R_50_C4_1x": Published(34.8, None, _ZOO),
+    "e2e_faster_rcnn_R_50_FPN_1x": Published(36.8, None, _ZOO),
+    "e2e_faster_rcnn_R_101_FPN_1x": Published(39.1, None, _ZOO),
+    "e2e_faster_rcnn_X_101_32x8d_FPN_1x": Published(41.2, None, _ZOO),
+    "e2e_mask_rcnn_R_50_C4_1x": Published(35.6, 31.5, _ZOO),
+    "e2e_mask_rcnn_R_50_FPN_1x": Published(37.8, 34.2, _ZOO),
+    "e2e_mask_rcnn_R_101_FPN_1x": Published(40.1, 36.1, _ZOO),
+    "e2e_mask_rcnn_X_101_32x8d_FPN_1x": Published(42.2, 37.8, _ZOO),
+    "e2e_keypoint_rcnn_R_50_FPN_1x": Published(53.7, 64.3, _ZOO),
+    "dcn/e2e_faster_rcnn_dconv_R_50_FPN_1x": Published(39.8, None, _DCN),
+    "dcn/e2e_faster_rcnn_mdconv_R_50_FPN_1x": Published(40.0, None, _DCN),
+    "dcn/e2e_mask_rcnn_dconv_R_50_FPN_1x": Published(40.8, 36.8, _DCN),
+    "dcn/e2e_mask_rcnn_mdconv_R_50_FPN_1x": Published(40.7, 36.7, _DCN),
+    "caffe2/e2e_faster_rcnn_R_50_C4_1x_caffe2": Published(34.8, None, _DETECTRON),
+    "caffe2/e2e_faster_rcnn_R_50_FPN_1x_caffe2": Published(36.7, None, _DETECTRON),
+    "caffe2/e2e_faster_rcnn_R_101_FPN_1x_caffe2": Published(39.4, None, _DETECTRON),
+    "caffe2/e2e_faster_rcnn_X_101_32x8d_FPN_1x_caffe2": Published(41.3, None, _DETECTRON),
+    "caffe2/e2e_mask_rcnn_R_50_C4_1x_caffe2": Published(35.8, 31.4, _DETECTRON),
+    "caffe2/e2e_mask_rcnn_R_50_FPN_1x_caffe2": Published(37.7, 33.9, _DETECTRON),
+    "caffe2/e2e_mask_rcnn_R_101_FPN_1x_caffe2": Published(40.0, 35.9, _DETECTRON),
+    "caffe2/e2e_mask_rcnn_X_101_32x8d_FPN_1x_caffe2": Published(42.1, 37.3, _DETECTRON),
+}
+
+
+def recipes(directory: Path) -> list[str]:
+    """Names of the yamls that are models: paths below `directory` without the suffix."""
+    paths = (path.relative_to(directory) for path in sorted(directory.rglob("*.yaml")))
+    return [path.with_suffix("").as_posix() for path in paths if path.parts[0] not in PARTS]
+
+
+def size_of(file: Path) -> tuple[int, float]:
+    """Parameters, batch norms' constants left out, and FLOP of one image of SIZE with DETECTIONS detections."""
+    cfg = get_config(file)
+    model = build_model(cfg, Device(torch.device("meta")))
+    return sum(p.numel() for p in model.parameters()), inference_flops(cfg, SIZE).of(1, DETECTIONS)
+
+
+def row(name: str, size: tuple[int, float]) -> str:
+    published = PUBLISHED.get(name)
+    numbers = (
+        ("", "", "") if published is None else (f"{published.box:.1f}", f"{published.shape or ''}", published.source)
+    )
+    cells = (f"[{name}]({name}.yaml)", f"{size[0] / 1e6:.1f}", f"{size[1] / 1e9:.0f}", "not measured", "not measured")
+    return f"| {' | '.join((*cells, *numbers))} |"
+
+
+def rows(directory: Path) -> Iterator[str]:
+    """A row for each model; those that differ in data or schedule alone are counted once."""
+    sizes: dict[str, tuple[int, float]] = {}
+    for name in recipes(directory):
+        file = directory / f"{name}.yaml"
+        model = repr(
+            [(k, v) for k, v in flat(get_config(file)).items() if k.startswith("MODEL.") and k != "MODEL.WEIGHT"]
+        )
+        if model not in sizes:
+            sizes[model] = size_of(file)
+        yield row(name, sizes[model])
+
+
+def write(directory: Path) -> None:
+    """Replaces the table in `directory`/README.md."""
+    names = ("model", "parameters, 1e6", "GFLOP an image", "time", "memory", "published box AP")
+    names += ("published mask or keypoint AP", "published by")
+    head = (f"| {' | '.join(names)} |", "|---" * len(names) + "|")
+    file = directory / "README.md"
+    before, _, rest = file.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    file.write_text("\n".join([before + BEGIN, *head, *rows(directory), END]) + after)

@@ -1,0 +1,190 @@
+"""RetinaNet and Keypoint R-CNN against torchvision's own, with the same random weights: features, heads, detections and
+losses. Where torchvision is not installed these are skipped; test_fixtures.py has numbers computed before."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from test_fixtures import close, convention
+from torch import Tensor
+
+from maskrcnn_benchmark.config import get_config, merge
+from maskrcnn_benchmark.config.checks import check
+from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.models.build import build_model
+from maskrcnn_benchmark.models.weights import load_weights
+from maskrcnn_benchmark.ops import boxes as box_ops
+from maskrcnn_benchmark.ops.heatmaps import find_peaks
+from maskrcnn_benchmark.structures import ImageBatch, Targets
+
+detection = pytest.importorskip("torchvision.models.detection", reason="torchvision is not installed")
+
+SIZE = (192, 256)
+RETINANET = {"MODEL": {"MASK_ON": False, "RETINANET_ON": True, "BACKBONE": {"CONV_BODY": "R-50-FPN-RETINANET"}}}
+SCALES = "(0.25, 0.125, 0.0625, 0.03125)"
+KEYPOINT = {
+    "MODEL": {
+        "MASK_ON": False,
+        "KEYPOINT_ON": True,
+        "RPN": {"BATCH_SIZE_PER_IMAGE": 1_000_000},  # every candidate is used and nothing is random
+        "ROI_HEADS": {"BATCH_SIZE_PER_IMAGE": 1_000_000},
+        "ROI_BOX_HEAD": {"NUM_CLASSES": 2},
+        "ROI_KEYPOINT_HEAD": {"SHARE_BOX_FEATURE_EXTRACTOR": False, "RESOLUTION": 56, "POOLER_SCALES": SCALES},
+    }
+}
+
+
+class Pair:
+    """torchvision's model and ours with its weights, and what both look at."""
+
+    def __init__(self, theirs: torch.nn.Module, keys: dict, folder) -> None:
+        self.theirs = theirs.eval()
+        torch.save(theirs.state_dict(), folder / "theirs.pth")
+        cfg = get_config(ROOT / "configs" / "e2e_mask_rcnn_R_50_FPN_1x.yaml").clone()
+        cfg.defrost()
+        merge(cfg, convention("torchvision"), "torchvision")
+        merge(cfg, keys, "test")
+        check(cfg)
+        self.ours = build_model(cfg, get_device("cpu")).eval()
+        assert load_weights(self.ours, str(folder / "theirs.pth")) == "torchvision"
+        self.pixels = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+        sizes = torch.tensor([SIZE, SIZE])
+        self.images = ImageBatch(self.pixels * 255, sizes, [SIZE, SIZE], [1, 2])
+        with torch.no_grad():
+            self.features, self.padded = self.ours.features(self.images)
+            normalized, _ = self.theirs.transform(list(self.pixels))
+            self.their_features = list(self.theirs.backbone(normalized.tensors).values())
+
+    def losses(self, keypoints: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Theirs and ours, of two images, the second with one object."""
+        boxes = torch.tensor([[[20.0, 30, 120, 150], [90, 40, 250, 190]], [[60, 10, 100, 60], [0, 0, 0, 0]]])
+        labels, valid = torch.tensor([[1, 1], [1, 0]]), torch.tensor([[True, True], [True, False]])
+        if keypoints is None:
+            labels = torch.tensor([[3, 90], [17, 0]])
+        wanted = [{"boxes": boxes[i][valid[i]], "labels": labels[i][valid[i]]} for i in range(2)]
+        for i, target in enumerate(wanted if keypoints is not None else ()):
+            target["keypoints"] = keypoints[i][valid[i]]
+        self.theirs.train()
+        self.theirs.backbone.eval()  # its batch norms are not frozen, having no trained weights
+        self.ours.train()
+        with torch.no_grad():
+            both = (
+                self.theirs(list(self.pixels), wanted),
+                self.ours(self.images, Targets(boxes, labels, valid, keypoints=keypoints)),
+            )
+        self.theirs.eval()
+        self.ours.eval()
+        return both
+
+    def detections(self, least: int) -> None:
+        """The same boxes, scores and labels, `least` of them or more."""
+        with torch.no_grad():
+            ours, theirs = self.ours(self.images), self.theirs(list(self.pixels))
+        for i, found in enumerate(theirs):
+            keep = ours.valid[i]
+            assert keep.sum() == len(found["boxes"]) >= least
+            pairs = box_ops.iou(ours.boxes[i][keep], found["boxes"]) > 0.99
+            pairs &= (ours.scores[i][keep][:, None] - found["scores"]).abs() < 1e-3
+            pairs &= ours.labels[i][keep][:, None] == found["labels"]
+            assert pairs.any(0).all() and pairs.any(1).all()
+
+
+def randomize(model: torch.nn.Module, spread: dict[str, float]) -> None:
+    """Statistics that keep activations in bounds, and heads (by pattern of their names) of some spread, so that scores
+    differ."""
+    torch.manual_seed(0)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 1.5)
+            module.running_mean.normal_(std=0.1)
+            torch.nn.init.uniform_(module.weight, 0.2 if name.endswith("bn3") else 0.8, 0.4 if "bn3" in name else 1.2)
+        for pattern, std in spread.items():
+            if re.search(pattern, name) and hasattr(module, "weight"):
+                torch.nn.init.normal_(module.weight, std=std)
+                torch.nn.init.normal_(module.bias, std=0.1)
+
+
+@pytest.fixture(scope="module")
+def retinanet(tmp_path_factory) -> Pair:
+    theirs = detection.retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=SIZE[0], max_size=SIZE[1], num_classes=91
+    )
+    randomize(theirs, {r"head\.conv\.\d\.0": 0.03, "cls_logits": 0.03, "bbox_reg": 0.01})
+    torch.nn.init.constant_(theirs.head.classification_head.cls_logits.bias, -4.0)
+    return Pair(theirs, RETINANET, tmp_path_factory.mktemp("retinanet"))
+
+
+@pytest.fixture(scope="module")
+def keypoint_rcnn(tmp_path_factory) -> Pair:
+    theirs = detection.keypointrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=SIZE[0], max_size=SIZE[1], num_classes=2
+    )
+    randomize(theirs, {"rpn.head.cls_logits": 0.05, "rpn.head.bbox_pred": 0.02, "cls_score": 0.1, "lowres": 0.2})
+    for sampler in (theirs.rpn.fg_bg_sampler, theirs.roi_heads.fg_bg_sampler):
+        sampler.batch_size_per_image = 1_000_000
+    return Pair(theirs, KEYPOINT, tmp_path_factory.mktemp("keypoint"))
+
+
+def test_retinanet_features_and_head(retinanet):
+    assert len(retinanet.features) == len(retinanet.their_features) == 5
+    for ours, theirs in zip(retinanet.features, retinanet.their_features):
+        close(ours, theirs)
+    with torch.no_grad():
+        logits, deltas, anchors = retinanet.ours.predict(retinanet.features, retinanet.padded)
+        theirs = retinanet.theirs.head(retinanet.their_features)
+    close(torch.cat(logits, 1), theirs["cls_logits"])
+    close(torch.cat(deltas, 1), theirs["bbox_regression"])
+    images, _ = retinanet.theirs.transform(list(retinanet.pixels))
+    assert torch.equal(torch.cat(anchors), retinanet.theirs.anchor_generator(images, retinanet.their_features)[0])
+
+
+def test_retinanet_detections(retinanet):
+    retinanet.detections(least=100)
+
+
+def test_retinanet_losses(retinanet):
+    theirs, ours = retinanet.losses()
+    assert float(ours["loss_retina_cls"]) == pytest.approx(float(theirs["classification"]), rel=1e-3)
+    assert float(ours["loss_retina_reg"]) == pytest.approx(float(theirs["bbox_regression"]), rel=1e-3)
+
+
+def test_keypoint_rcnn_features_and_heads(keypoint_rcnn):
+    for ours, theirs in zip(keypoint_rcnn.features, keypoint_rcnn.their_features):
+        close(ours, theirs)
+    boxes = torch.tensor([[20.0, 30, 120, 150], [3.3, 4.4, 33.7, 21.2], [10, 0, 250, 190], [50, 60, 50.4, 61]])
+    roi_heads = keypoint_rcnn.theirs.roi_heads
+    named = dict(zip(["0", "1", "2", "3", "pool"], keypoint_rcnn.their_features))
+    with torch.no_grad():
+        pooled = roi_heads.keypoint_roi_pool(named, [boxes[:0], boxes], [SIZE, SIZE])
+        theirs = roi_heads.keypoint_predictor(roi_heads.keypoint_head(pooled))
+        head = keypoint_rcnn.ours.roi_heads["keypoint"]
+        ours = head(keypoint_rcnn.features, boxes, torch.ones(4, dtype=torch.long))
+    close(ours, theirs)
+    points, peak = find_peaks(theirs, boxes)
+    expected, logits = detection.roi_heads.keypointrcnn_inference(theirs, [boxes])
+    torch.testing.assert_close(points, expected[0][..., :2], atol=1e-3, rtol=0)
+    torch.testing.assert_close(peak, logits[0], atol=1e-3, rtol=1e-3)
+
+
+def test_keypoint_rcnn_detections(keypoint_rcnn):
+    keypoint_rcnn.detections(least=10)
+    with torch.no_grad():
+        ours, theirs = keypoint_rcnn.ours(keypoint_rcnn.images), keypoint_rcnn.theirs(list(keypoint_rcnn.pixels))
+    for i, found in enumerate(theirs):
+        for box, points in zip(found["boxes"], found["keypoints"]):
+            same = box_ops.iou(ours.boxes[i], box[None])[:, 0] > 0.999
+            distance = (ours.keypoints[i, same & ours.valid[i], :, :2] - points[:, :2]).abs().amax((1, 2))
+            assert distance.min() < 0.05
+
+
+def test_keypoint_rcnn_losses(keypoint_rcnn):
+    points = torch.rand(2, 2, 17, 3, generator=torch.Generator().manual_seed(2)) * torch.tensor([200.0, 180, 3])
+    points[..., 2] = points[..., 2].floor()
+    theirs, ours = keypoint_rcnn.losses(points)
+    renamed = {"loss_kp": "loss_keypoint"}
+    assert len(ours) == len(theirs) == 5
+    for name, loss in ours.items():
+        assert float(loss) == pytest.approx(float(theirs[renamed.get(name, name)]), rel=1e-3), name
