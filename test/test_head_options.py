@@ -115,6 +115,16 @@ def test_equal_shares_of_negatives(rows, size, fraction):
         assert sum(rows[i] == (0, group) for i in taken) >= min(room // 3, there[group])
 
 
+def test_shares_are_of_the_room_that_positives_leave():
+    """Six of twelve are positive: two negatives of each group, whatever the keys."""
+    labels = torch.tensor([[1] * 6 + [0] * 30])
+    groups = torch.tensor([[0] * 6 + [0, 1, 2] * 10])
+    for seed in range(20):
+        torch.manual_seed(seed)
+        chosen = sample(labels, 12, 0.5, groups)
+        assert groups[0, chosen.index[0, 6:]].bincount().tolist() == [2, 2, 2]
+
+
 def test_overlaps_fall_into_thirds_by_hand():
     """IoU .1, .2, .45 below a limit of .5, and .9 beyond it."""
     truth = torch.tensor([[[0.0, 0, 10, 10]]]).expand(1, 5, 4)
@@ -236,6 +246,29 @@ def test_heads_for_other_classes_start_fresh_and_are_named(tmp_path, caplog):
         assert torch.equal(tensor, fresh[name] if name in dropped else trained.state_dict()[name]), name
         assert (name in caplog.text) == (name in dropped)
     assert "(4, 64) there and (3, 64) here" in caplog.text
+
+
+def test_class_layers_that_fit_are_kept(tmp_path):
+    """One box regression for all classes is the same for three classes as for four."""
+    agnostic = [*TINY, "MODEL.CLS_AGNOSTIC_BBOX_REG", "True"]
+    trained, model = model_of(SMALL, agnostic), model_of(SMALL, [*agnostic, BOX + "NUM_CLASSES", "3"])
+    layer = trained.roi_heads["box"].predictor.bbox_pred
+    torch.nn.init.constant_(layer.bias, 7.0)
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    load_weights(model, str(tmp_path / "trained.pth"), replace_heads=True)
+    assert torch.equal(model.roi_heads["box"].predictor.bbox_pred.bias, layer.bias)
+
+
+def test_retinanets_class_layer_is_one_of_them(tmp_path):
+    keys = [
+        *("MODEL.RETINANET_ON", "True", "MODEL.MASK_ON", "False", "MODEL.BACKBONE.CONV_BODY", "R-18-FPN-RETINANET"),
+        *("MODEL.RPN.USE_FPN", "True", "MODEL.ROI_HEADS.USE_FPN", "False", "MODEL.RETINANET.NUM_CLASSES"),
+    ]
+    trained, model = (model_of(SMALL, [*TINY, *keys, classes]) for classes in ("4", "3"))
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    load_weights(model, str(tmp_path / "trained.pth"), replace_heads=True)
+    assert torch.equal(model.rpn.head.cls_tower[0].weight, trained.rpn.head.cls_tower[0].weight)
+    assert len(model.rpn.head.cls_logits.bias) == 2 * len(trained.rpn.head.cls_logits.bias) // 3
 
 
 def test_replacing_heads_hides_no_other_difference(tmp_path):
