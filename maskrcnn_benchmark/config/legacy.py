@@ -75,6 +75,8 @@ def translate(values: dict[str, Any], source: str) -> dict[str, Any]:
             logger.warning("%s: %s has no effect: %s", source, key, WITHOUT_EFFECT[key])
         elif key in ("MODEL.RESNETS.TRANS_FUNC", "MODEL.RESNETS.STEM_FUNC"):
             result["MODEL.RESNETS.NORM"] = _norm(key, value, source)
+        elif key == "INPUT.MIN_SIZE_TRAIN" and isinstance(value, int):
+            result[key] = (value,)  # before it could be several
         else:
             result[RENAMED.get(key, key)] = value
     return result
