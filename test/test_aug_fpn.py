@@ -16,6 +16,7 @@ from maskrcnn_benchmark.errors import ConfigError
 from maskrcnn_benchmark.models.aug_fpn import AdaptiveSpatialFusion, AugFPN, ResidualAugmentation, SoftRoIPool
 from maskrcnn_benchmark.models.fpn import FPN
 from maskrcnn_benchmark.models.roi_pool import RoIPool
+from maskrcnn_benchmark.ops.boxes import to_inclusive
 
 KEY = "MODEL.AUG_FPN."
 RESIDUAL, CONSISTENT, SOFT = (
@@ -175,20 +176,22 @@ def test_consistent_supervision_costs_nothing_at_test():
     assert torch.equal(results[0].boxes, results[1].boxes) and torch.equal(results[0].masks, results[1].masks)
 
 
-def test_soft_selection_weighs_every_level():
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_soft_selection_weighs_every_level(plus_one):
     """With weights of 1 for one level and 0 for the others it is RoIAlign from that level, whatever the box's size."""
     scales = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
     features = [torch.randn(2, 3, 32 // 2**i, 32 // 2**i, requires_grad=True) for i in range(4)]
     boxes, image = torch.tensor([[4.0, 4, 20, 28], [0, 0, 128, 128]]), torch.tensor([0, 1])
-    pool = SoftRoIPool(RoIPool(scales, 7, 2, True), 3)
+    pool = SoftRoIPool(RoIPool(scales, 7, 2, True, plus_one), 3)
     pool(features, boxes, image).sum().backward()
+    pooled = to_inclusive(boxes) if plus_one else boxes
     for feature in features:
         assert feature.grad.flatten(1).any(1).all(), "a box takes nothing from this level"
     for level in range(4):
         with torch.no_grad():
             pool.fuse.weigh.weight.zero_()
             pool.fuse.weigh.bias.copy_(torch.where(torch.arange(4) == level, 1000.0, -1000.0))
-            alone = RoIPool((scales[level],), 7, 2, True)([features[level]], boxes, image)
+            alone = RoIPool((scales[level],), 7, 2, True)([features[level]], pooled, image)
             torch.testing.assert_close(pool(features, boxes, image), alone)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from reference import box_iou, decode, encode
 from test_fixed_shapes import HostWaits
+from test_keypoint_head import KEYPOINTS, keypoint_batch
 from test_models import SMALL, TINY, make_batch, model_of, step
 
 from maskrcnn_benchmark.config import get_config
@@ -168,6 +169,36 @@ def test_refined_boxes_by_hand():
     torch.testing.assert_close(moved, torch.tensor([cut, stay, whole], dtype=torch.float32))
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_box_moved_out_of_its_image_keeps_a_pixel_by_upstreams_arithmetic(legacy):
+    """100 widths and heights to the right and down; without that arithmetic it has no inside and drops out."""
+    model = cascade_of("MODEL.LEGACY_PLUS_ONE", str(legacy))
+    head, (images, targets) = model.roi_heads["box"], make_batch()
+    with torch.no_grad():
+        head.predictor[0].bbox_pred.weight.zero_()
+        head.predictor[0].bbox_pred.bias.copy_(torch.tensor([1000.0, 1000, 0, 0]).repeat(4))
+    features, _ = model.features(images)
+    proposals = Proposals(targets.boxes, torch.ones(3, 2), targets.valid)
+    first, _ = head.losses(features, proposals, targets, images.sizes)
+    second = first.refined[0]
+    assert torch.equal(second.valid.sum(1), first.valid.sum(1) * legacy)
+    corner = images.sizes.flip(1).float()[:, None]
+    expected = torch.cat((corner - 1, corner), -1).expand_as(second.boxes)
+    assert torch.equal(second.boxes[second.valid], expected[second.valid])
+
+
+def test_keypoints_and_an_auxiliary_head_follow_a_cascade():
+    model = cascade_of(
+        *KEYPOINTS, "MODEL.AUG_FPN.CONSISTENT_SUPERVISION", "True", "MODEL.ROI_HEADS.SCORE_THRESH", "0.0"
+    )
+    losses, gradients = step(model, keypoint_batch())
+    assert losses["loss_kp"] > 0 and losses["loss_classifier_auxiliary"] > 0
+    assert gradients["roi_heads.keypoint.predictor.kps_score_lowres.weight"].any()
+    with torch.no_grad():
+        detections = model.eval()(keypoint_batch()[0])
+    assert detections.keypoints.shape == (3, 100, 5, 3) and detections.keypoints[detections.valid].any()
+
+
 def test_one_stage_is_the_plain_head():
     single = [KEY + "IOUS", "(0.5,)", KEY + "BBOX_REG_WEIGHTS", "((10,10,5,5),)", KEY + "LOSS_WEIGHTS", "(1.0,)"]
     cascade = model_of(SMALL, [*CASCADE, *single])
@@ -276,6 +307,7 @@ def test_the_training_forward_compiles_as_one_graph():
         ([KEY + "LOSS_WEIGHTS", "(1.0,)"], "LOSS_WEIGHTS has 1 stages"),
         ([KEY + "BBOX_REG_WEIGHTS", "((10,10,5),(1,1,1,1),(1,1,1,1))"], "at least 4"),
         ([KEY + "SCORE_AVERAGE", "mean"], "probabilities, logits"),
+        (["MODEL.RPN_ONLY", "True"], "CASCADE_ON and MODEL.RPN_ONLY are both True"),
         (["MODEL.ROI_MASK_HEAD.PER_STAGE", "True", "MODEL.CASCADE_ON", "False"], "CASCADE_ON is False"),
     ],
 )

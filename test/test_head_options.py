@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fixed_shapes import HostWaits
+from test_keypoint_head import KEYPOINTS
 from test_models import SMALL, TINY, make_batch, model_of, step
 
 from maskrcnn_benchmark.config import get_config
@@ -269,6 +270,24 @@ def test_retinanets_class_layer_is_one_of_them(tmp_path):
     load_weights(model, str(tmp_path / "trained.pth"), replace_heads=True)
     assert torch.equal(model.rpn.head.cls_tower[0].weight, trained.rpn.head.cls_tower[0].weight)
     assert len(model.rpn.head.cls_logits.bias) == 2 * len(trained.rpn.head.cls_logits.bias) // 3
+
+
+def test_the_keypoints_layer_is_one_of_them(tmp_path):
+    number = "MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES"
+    trained, model = (model_of(SMALL, [*TINY, *KEYPOINTS, number, keypoints]) for keypoints in ("5", "17"))
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    load_weights(model, str(tmp_path / "trained.pth"), replace_heads=True)
+    ours, theirs = model.roi_heads["keypoint"], trained.roi_heads["keypoint"]
+    assert torch.equal(ours.feature_extractor.conv_fcn1.weight, theirs.feature_extractor.conv_fcn1.weight)
+    assert (len(ours.predictor.kps_score_lowres.bias), len(theirs.predictor.kps_score_lowres.bias)) == (17, 5)
+
+
+def test_other_anchors_are_not_other_classes(tmp_path):
+    """RetinaNet's layer for classes has the name of an RPN's for anchors."""
+    torch.save(model_of(SMALL, TINY).state_dict(), tmp_path / "trained.pth")
+    model = model_of(SMALL, [*TINY, "MODEL.RPN.ASPECT_RATIOS", "(0.5, 1.0)"])
+    with pytest.raises(CheckpointError, match=r"rpn\.head\.bbox_pred\.weight is"):
+        load_weights(model, str(tmp_path / "trained.pth"), replace_heads=True)
 
 
 def test_replacing_heads_hides_no_other_difference(tmp_path):

@@ -156,7 +156,7 @@ def check(cfg: CfgNode) -> None:
 
 
 def _check_rpn_only(cfg: CfgNode) -> None:
-    for key in ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "TEST.BBOX_AUG.ENABLED"):
+    for key in ("MODEL.CASCADE_ON", "MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "TEST.BBOX_AUG.ENABLED"):
         _require(not get(cfg, key), f"{key} and MODEL.RPN_ONLY are both True; the RPN gives one view's boxes alone")
     _require(
         tuple(cfg.TEST.METRICS) == ("coco",),

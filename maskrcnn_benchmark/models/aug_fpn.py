@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..structures import Targets
 from .box_head import SampledRoIs
 from .fpn import FPN
-from .layers import conv
+from .layers import conv, with_relu
 from .losses import roi_losses
 from .roi_pool import RoIPool
 
@@ -30,7 +30,7 @@ class AdaptiveSpatialFusion(nn.Module):
         self.weigh = conv(channels, inputs, 3)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        weights = self.weigh(F.relu_(self.reduce(torch.cat(tuple(maps), 1)))).sigmoid()
+        weights = self.weigh(with_relu(self.reduce, torch.cat(tuple(maps), 1))).sigmoid()
         return sum(weight * x for weight, x in zip(weights.split(1, dim=1), maps))
 
 
@@ -53,19 +53,19 @@ class ResidualAugmentation(nn.Module):
 
 class AugFPN(FPN):
     """ratios: of residual feature augmentation; none: without it.
-    give_laterals: in training the maps M2..M5 follow P2..P6, for an AuxiliaryHead. inputs, options: FPN's.
+    give_laterals: in training the maps M2..M5 follow P2..P6, for an AuxiliaryHead.
+    options: FPN's.
     """
 
     def __init__(
         self,
         in_channels: list[int],
         out_channels: int,
-        *inputs,
         ratios: Sequence[float] = (),
         give_laterals: bool = False,
         **options,
     ) -> None:
-        super().__init__(in_channels, out_channels, *inputs, **options)
+        super().__init__(in_channels, out_channels, **options)
         self.augment = ResidualAugmentation(in_channels[-1], out_channels, ratios) if ratios else None
         self.give_laterals = give_laterals
 

@@ -167,7 +167,6 @@ class BoxHead(nn.Module):
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.nms_type, self.soft_nms_sigma = nms_type, soft_nms_sigma
         self.detections_per_image = detections_per_image
-        self.plus_one = plus_one
         self.least_side = 1.0 if plus_one else 0.0  # of a box cut to its image
         self.compact = compact
 

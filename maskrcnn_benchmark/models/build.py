@@ -141,17 +141,13 @@ def build_neck(cfg: CfgNode, in_channels: list[int]) -> nn.Module:
     norm = build_norm(cfg, "GN") if cfg.MODEL.FPN.USE_GN else None
     if form.width:
         return HRFPN(in_channels, channels, norm, cfg.MODEL.FPN.USE_RELU)
-    retinanet = form.neck == "FPN-RETINANET"
+    aug, retinanet = cfg.MODEL.AUG_FPN, form.neck == "FPN-RETINANET"
     top = LastLevelP6P7(in_channels[-1], channels, cfg.MODEL.RETINANET.USE_C5) if retinanet else LastLevelMaxPool()
-    options = {"first_level": 2 if retinanet else 1, "top_blocks": top}
-    aug = cfg.MODEL.AUG_FPN
+    options = {"norm": norm, "relu": cfg.MODEL.FPN.USE_RELU, "first_level": 2 if retinanet else 1, "top_blocks": top}
     if not (aug.RESIDUAL_AUGMENTATION or aug.CONSISTENT_SUPERVISION):
-        return FPN(in_channels, channels, norm, cfg.MODEL.FPN.USE_RELU, **options)
-    options |= {
-        "ratios": tuple(aug.RATIOS) if aug.RESIDUAL_AUGMENTATION else (),
-        "give_laterals": aug.CONSISTENT_SUPERVISION,
-    }
-    return AugFPN(in_channels, channels, norm, cfg.MODEL.FPN.USE_RELU, **options)
+        return FPN(in_channels, channels, **options)
+    ratios = tuple(aug.RATIOS) if aug.RESIDUAL_AUGMENTATION else ()
+    return AugFPN(in_channels, channels, ratios, give_laterals=aug.CONSISTENT_SUPERVISION, **options)
 
 
 def build_backbone(cfg: CfgNode) -> tuple[nn.Sequential, int]:
@@ -197,13 +193,13 @@ def build_rpn(cfg: CfgNode, channels: int) -> RPN:
 
 
 def build_pool(cfg: CfgNode, head: CfgNode, channels: int) -> RoIPool | SoftRoIPool:
-    pool = plain_pool(head, cfg.MODEL.LEGACY_PLUS_ONE)
+    pool = plain_pool(cfg, head)
     return SoftRoIPool(pool, channels) if cfg.MODEL.AUG_FPN.SOFT_ROI_SELECTION else pool
 
 
-def plain_pool(head: CfgNode, plus_one: bool) -> RoIPool:
+def plain_pool(cfg: CfgNode, head: CfgNode) -> RoIPool:
     sampling_ratio, aligned = head.POOLER_SAMPLING_RATIO, head.POOLER_ALIGNED
-    return RoIPool(head.POOLER_SCALES, head.POOLER_RESOLUTION, sampling_ratio, aligned, plus_one)
+    return RoIPool(head.POOLER_SCALES, head.POOLER_RESOLUTION, sampling_ratio, aligned, cfg.MODEL.LEGACY_PLUS_ONE)
 
 
 def build_box_extractor(cfg: CfgNode, channels: int) -> nn.Module:
@@ -265,8 +261,7 @@ def build_auxiliary_head(cfg: CfgNode, channels: int, compact: bool) -> Auxiliar
     weights = cascade.BBOX_REG_WEIGHTS[0] if cfg.MODEL.CASCADE_ON else heads.BBOX_REG_WEIGHTS
     criterion = {"kind": box.BBOX_LOSS, "beta": box.SMOOTH_L1_BETA, "box_weight": box.BBOX_LOSS_WEIGHT}
     layers = build_box_layers(cfg, channels)
-    pool = plain_pool(box, cfg.MODEL.LEGACY_PLUS_ONE)
-    return AuxiliaryHead(pool, *layers, tuple(weights), aug.SUPERVISION_WEIGHT, compact, **criterion)
+    return AuxiliaryHead(plain_pool(cfg, box), *layers, tuple(weights), aug.SUPERVISION_WEIGHT, compact, **criterion)
 
 
 def build_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact: bool) -> MaskHead | CascadeMaskHead:

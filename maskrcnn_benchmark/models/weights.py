@@ -27,9 +27,12 @@ Rules = list[tuple[str, str | Callable[[re.Match], str]]]
 DERIVED = re.compile(
     r"(^|\.)(num_batches_tracked|positives_average|pixel_mean|pixel_std|anchor_generator\.cell_anchors\.\d+)$"
 )
+# Layers that have a part for each class or keypoint of the data. An RPN's cls_logits have one for each anchor, as has
+# its bbox_pred, so that other anchors are refused nevertheless.
+CLASS_LAYERS = re.compile(
+    r"^(roi_heads\..*\.(cls_score|bbox_pred|mask_fcn_logits|kps_score_lowres)|rpn\.head\.cls_logits)\.(weight|bias)$"
+)
 STEM = "backbone.body.stem.conv1.weight"  # the convolution that reads the image
-# Layers that have a part for each class of the data.
-CLASS_LAYERS = re.compile(r"^roi_heads\..*\.(cls_score|bbox_pred|mask_fcn_logits)\.(weight|bias)$")
 CLASSIFIER = re.compile(r"^(fc|stem\.fc|fc1000|pred)(\.|_)")  # the ImageNet classifier of a backbone's file
 
 TORCHVISION: Rules = [
@@ -231,9 +234,7 @@ def _move_res5_to_head(state: State, model: nn.Module, wanted: State, res5: str)
 
 def _drop_other_classes(state: State, wanted: State, source: str) -> None:
     """Takes from both the layers a class whose shapes differ."""
-    retinanet = any(".cls_tower." in key for key in wanted)
-    layers = re.compile(f"{CLASS_LAYERS.pattern}|^rpn\\.head\\.cls_logits\\.") if retinanet else CLASS_LAYERS
-    for key in [key for key in state if key in wanted and layers.search(key)]:
+    for key in [key for key in state if key in wanted and CLASS_LAYERS.search(key)]:
         if state[key].shape != wanted[key].shape:
             there, here = tuple(state.pop(key).shape), tuple(wanted.pop(key).shape)
             logger.warning("%s: dropped %s, which is %s there and %s here; it starts fresh", source, key, there, here)
