@@ -246,8 +246,8 @@ def test_c4_pools_from_the_first_pixel_to_the_last():
     """On the map f(x, y) = x of stride 16, pixels 32..96 are 2..6, with a mean of 4; shifted or a pixel longer it is
     not."""
     ramp = torch.arange(20.0).expand(1, 1, 20, 20)
-    head = legacy().MODEL.ROI_BOX_HEAD
-    pool = build_pool(head, plus_one=True)
+    cfg = legacy()
+    pool = build_pool(cfg, cfg.MODEL.ROI_BOX_HEAD, channels=1)
     pooled = pool([ramp], torch.tensor([[32.0, 32, 97, 97]]), torch.zeros(1, dtype=torch.long))
     assert pooled.shape == (1, 1, 14, 14)
     assert pooled.mean().item() == pytest.approx(4.0, abs=1e-5)
