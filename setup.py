@@ -142,7 +142,7 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "hypothesis", "ruff"], "compare": ["torchvision"]},
+    extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff"], "compare": ["torchvision"]},
     ext_modules=extensions(),
     cmdclass=build_command(),
 )
