@@ -1,8 +1,8 @@
 """Published weights: `catalog://NAME` in MODEL.WEIGHT is a file of the cache directory. Never downloaded implicitly.
 
 Addresses are the projects' own: maskrcnn-benchmark's ModelCatalog, the model zoos of detectron2, MMDetection and
-PaddleDetection, torchvision's and timm's sources. torchvision, timm and MMDetection end a file's name in the first eight
-digits of its SHA-256, which is what is known of it here; the others publish none.
+PaddleDetection, torchvision's and timm's sources. torchvision, timm and MMDetection end a file's name in the first
+eight digits of its SHA-256, which is what is known of it here; the others publish none.
 """
 
 from __future__ import annotations

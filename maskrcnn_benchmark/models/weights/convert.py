@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch import Tensor
-
 from ...errors import CheckpointError
 from . import changes, layouts
 from .changes import Change, Conventions, State
@@ -16,8 +14,8 @@ from .rules import Rules, facts_of
 
 
 class Layout(NamedTuple):
-    """mark: a pattern of names that it alone has. part: what of our names it covers. bgr: the order of channels that its
-    models read; None where that is a matter of their configuration."""
+    """mark: a pattern of names that it alone has. part: what of our names it covers. bgr: the order of channels that
+    its models read; None where that is a matter of their configuration."""
 
     mark: str
     table: layouts.Table
@@ -30,12 +28,11 @@ class Layout(NamedTuple):
 
 
 BODY = "backbone.body."
+DEFAULT = Conventions()
 
 LAYOUTS: dict[str, Layout] = {
     "maskrcnn_benchmark": Layout(r"^backbone\.body\.stem\.", layouts.OURS),
-    "torchvision": Layout(
-        r"^backbone\.body\.conv1\.", layouts.TORCHVISION, (changes.RETINANET_CODER_1,), bgr=False
-    ),
+    "torchvision": Layout(r"^backbone\.body\.conv1\.", layouts.TORCHVISION, (changes.RETINANET_CODER_1,), bgr=False),
     "detectron2": Layout(
         r"^backbone\.(bottom_up\.)?stem\.conv1\.",
         layouts.DETECTRON2,
@@ -70,10 +67,12 @@ DROPPED = {"derived from the configuration": DERIVED, "ImageNet classifier": CLA
 
 @dataclass
 class Conversion:
-    """state: the result. layout: the other project's. dropped: why -> names."""
+    """state: the result. layout: the other project's. renamed: how many tensors have another name. dropped: why ->
+    names."""
 
     state: State
     layout: str
+    renamed: int
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -90,9 +89,7 @@ def recognise(state: State, source: str) -> str:
     raise CheckpointError(f"{source}: no known format has tensors named {first}, ...; known: {', '.join(LAYOUTS)}")
 
 
-def to_ours(
-    state: State, source: str, conventions: Conventions = Conventions(), layout: str | None = None
-) -> Conversion:
+def to_ours(state: State, source: str, conventions: Conventions = DEFAULT, layout: str | None = None) -> Conversion:
     """A state dict of another project under our names, as our tensors.
 
     source: names it in errors. layout: of LAYOUTS; None: whichever has such names.
@@ -108,12 +105,13 @@ def to_ours(
     facts = facts_of(kept)
     rules = Rules(LAYOUTS[name].table, facts)
     result = changes.contract(_rename(kept, rules.to_ours, f"{source}, which is {name}'s: no place here"))
+    renamed = len(result.keys() - state.keys())
     for change in LAYOUTS[name].steps():
         change.read(result, conventions, facts)
-    return Conversion(result, name, dropped)
+    return Conversion(result, name, renamed, dropped)
 
 
-def from_ours(state: State, source: str, layout: str, conventions: Conventions = Conventions()) -> Conversion:
+def from_ours(state: State, source: str, layout: str, conventions: Conventions = DEFAULT) -> Conversion:
     """Our state dict as the other project's.
 
     Raises:
@@ -128,15 +126,20 @@ def from_ours(state: State, source: str, layout: str, conventions: Conventions =
     for change in reversed(LAYOUTS[layout].steps()):
         change.write(kept, conventions, facts)
     rules = Rules(LAYOUTS[layout].table, facts)
-    spelled = lambda name: rules.to_theirs(changes.spell_out(name))
+    spelled = lambda name: rules.to_theirs(changes.spell_out(name))  # noqa: E731
     result = _rename(kept, spelled, f"{source}: no name in {layout}")
-    return Conversion(result, layout, dropped)
+    return Conversion(result, layout, len(result.keys() - state.keys()), dropped)
 
 
-def convert(state: State, source: str, conventions: Conventions = Conventions()) -> tuple[State, str]:
+def convert(state: State, source: str, conventions: Conventions = DEFAULT) -> tuple[State, str]:
     """As to_ours: the state dict and the name of its layout."""
     conversion = to_ours(state, source, conventions)
     return conversion.state, conversion.layout
+
+
+def without_derived(state: State) -> State:
+    """A model's state without what no weights file has to hold."""
+    return {name: tensor for name, tensor in state.items() if not DERIVED.search(name)}
 
 
 def _without_prefix(state: State, prefix: str) -> State:

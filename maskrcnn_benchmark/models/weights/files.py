@@ -87,6 +87,17 @@ def _read_pickle(path: Path, allowed: bool) -> object:
             raise CheckpointError(f"{path} is refused: {error}") from error
 
 
+# What each project's loader takes; the others take any name, as torch.load does.
+SUFFIXES = {"detectron": (".pkl",), "paddledetection": (".pdparams",), "detectron2": (".pth", ".pkl")}
+
+
+def check_suffix(path: Path, layout: str) -> None:
+    """Raises CheckpointError unless the layout's project reads files of this name."""
+    allowed = SUFFIXES.get(layout, (".pth", ".pt"))
+    if path.suffix not in allowed:
+        raise CheckpointError(f"{path}: a file for {layout} must end in {' or '.join(allowed)}")
+
+
 def content_of(state: State, layout: str, suffix: str) -> Any:
     """What the project's own loader expects in a file of this suffix, tensors or, in a pickle, arrays."""
     if suffix in PICKLES:

@@ -148,7 +148,10 @@ DETECTRON: Table = [
     (f"roi_heads.box.predictor.{{part:cls_score|bbox_pred}}.{_LEAF}", f"{{part:cls_score|bbox_pred}}_{_WB}"),
     (f"roi_heads.mask.feature_extractor.mask_fcn{{n}}.0.{_LEAF}", f"_[mask]_fcn{{n}}_{_WB}"),
     (f"roi_heads.mask.feature_extractor.mask_fcn{{n}}.1.{_LEAF}", f"_[mask]_fcn{{n}}_gn_{_SB}"),
-    (f"roi_heads.mask.predictor.{{part:conv5_mask|mask_fcn_logits}}.{_LEAF}", f"{{part:conv5_mask|mask_fcn_logits}}_{_WB}"),
+    (
+        f"roi_heads.mask.predictor.{{part:conv5_mask|mask_fcn_logits}}.{_LEAF}",
+        f"{{part:conv5_mask|mask_fcn_logits}}_{_WB}",
+    ),
     (f"roi_heads.keypoint.feature_extractor.conv_fcn{{n}}.{_LEAF}", f"conv_fcn{{n}}_{_WB}"),
     (f"roi_heads.keypoint.predictor.kps_score_lowres.{_LEAF}", f"kps_score_lowres_{_WB}"),
 ]

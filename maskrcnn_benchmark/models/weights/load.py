@@ -10,17 +10,21 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ..anchors import AnchorGenerator
+from ..layers import FrozenBatchNorm2d
 from ..rcnn import Detector
 from ..retinanet import RetinaNet
 from .catalog import resolve
 from .changes import STEM, Conventions, State
-from .convert import BODY, DERIVED, LAYOUTS, to_ours
+from .convert import BODY, LAYOUTS, to_ours, without_derived
 from .files import read
 
 logger = logging.getLogger(__name__)
 
-# Layers that have a part for each class of the data.
-CLASS_LAYERS = re.compile(r"^roi_heads\..*\.(cls_score|bbox_pred|mask_fcn_logits)\.(weight|bias)$")
+# Layers that have a part for each class or keypoint of the data. An RPN's cls_logits have one for each anchor, as has
+# its bbox_pred, so that other anchors are refused nevertheless.
+CLASS_LAYERS = re.compile(
+    r"^(roi_heads\..*\.(cls_score|bbox_pred|mask_fcn_logits|kps_score_lowres)|rpn\.head\.cls_logits)\.(weight|bias)$"
+)
 
 
 def load_weights(model: nn.Module, path: str, allow_pickle: bool = False, replace_heads: bool = False) -> str:
@@ -33,12 +37,11 @@ def load_weights(model: nn.Module, path: str, allow_pickle: bool = False, replac
         CheckpointError: the file is missing or damaged, or belongs to another model.
     """
     conversion = to_ours(read(resolve(path), allow_pickle), path, conventions_of(model))
-    state, wanted = conversion.state, model.state_dict()
+    state, wanted = conversion.state, without_derived(model.state_dict())
     _warn_of_channels(model, conversion.layout, path)
     body_alone = all(key.startswith(BODY) for key in state)
     if body_alone:
         wanted = {key: tensor for key, tensor in wanted.items() if key.startswith(BODY)}
-    wanted = {key: tensor for key, tensor in wanted.items() if not DERIVED.search(key)}
     if STEM in state and STEM in wanted:
         state[STEM] = inflate(state[STEM], wanted[STEM].shape[1])
     res5 = f"{BODY}layer4."
@@ -55,15 +58,16 @@ def load_weights(model: nn.Module, path: str, allow_pickle: bool = False, replac
 def conventions_of(model: nn.Module) -> Conventions:
     """What loading into the model needs to know of it. The stem's channels stay as they are in the file."""
     ratios = next((part.ratios for part in model.modules() if isinstance(part, AnchorGenerator)), 3)
+    eps = next((part.eps for part in model.modules() if isinstance(part, FrozenBatchNorm2d | nn.BatchNorm2d)), 1e-5)
     coder = {"retinanet_coder": model.coder_weights} if isinstance(model, RetinaNet) else {}
-    return Conventions(ratios=ratios, **coder)
+    return Conventions(ratios=ratios, norm_eps=eps, **coder)
 
 
 def _warn_of_channels(model: nn.Module, layout: str, path: str) -> None:
     theirs = LAYOUTS[layout].bgr
     if isinstance(model, Detector) and theirs not in (None, model.normalize.bgr):
         logger.warning(
-            "%s: %s's weights read %s, but INPUT.TO_BGR255 is %s: set it and PIXEL_MEAN and PIXEL_STD for these weights",
+            "%s: %s's weights read %s, but INPUT.TO_BGR255 is %s: set it, PIXEL_MEAN and PIXEL_STD for these weights",
             *(path, layout, "BGR in 0..255" if theirs else "RGB in 0..1", model.normalize.bgr),
         )
 
@@ -118,5 +122,3 @@ def check_match(state: State, wanted: State, source: str) -> None:
             if names
         ]
         raise CheckpointError(f"{source} belongs to another model: tensors {'; '.join(parts)}")
-
-

@@ -146,4 +146,3 @@ def _through(source: _Template, target: _Template, name: str) -> str | None:
 
 def _holds(condition: str, facts: Facts) -> bool:
     return bool(facts[condition.removeprefix("not ")]) != condition.startswith("not ")
-
