@@ -125,7 +125,6 @@ def _fold_norms(state: State, conventions: Conventions, facts: Facts) -> None:
 
 
 def _scale_deltas(state: State, factor: Callable[[Tensor], Tensor], conventions: Conventions) -> None:
-    """Weights of 10 and 5 are sums of two powers of two: dividing by them and multiplying again gives the same bits."""
     weights = torch.tensor(conventions.retinanet_coder)
     for name in [name for name in state if name.startswith("rpn.head.bbox_pred.")]:
         rows = state[name].unflatten(0, (-1, 4))

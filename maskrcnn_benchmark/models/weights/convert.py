@@ -14,8 +14,8 @@ from .rules import Rules, facts_of
 
 
 class Layout(NamedTuple):
-    """mark: a pattern of names that it alone has. part: what of our names it covers. bgr: the order of channels that
-    its models read; None where that is a matter of their configuration."""
+    """mark: a pattern of names that it alone has. table: empty where the names are ours. part: what of our names it
+    covers. bgr: the order of channels that its models read; None where that is a matter of their configuration."""
 
     mark: str
     table: layouts.Table
@@ -31,7 +31,7 @@ BODY = "backbone.body."
 DEFAULT = Conventions()
 
 LAYOUTS: dict[str, Layout] = {
-    "maskrcnn_benchmark": Layout(r"^backbone\.body\.stem\.", layouts.OURS),
+    "maskrcnn_benchmark": Layout(r"^backbone\.body\.stem\.", []),
     "torchvision": Layout(r"^backbone\.body\.conv1\.", layouts.TORCHVISION, (changes.RETINANET_CODER_1,), bgr=False),
     "detectron2": Layout(
         r"^backbone\.(bottom_up\.)?stem\.conv1\.",
@@ -103,8 +103,10 @@ def to_ours(state: State, source: str, conventions: Conventions = DEFAULT, layou
         state = _without_prefix(state, "backbone.")
     kept, dropped = _sort_out(state)
     facts = facts_of(kept)
-    rules = Rules(LAYOUTS[name].table, facts)
-    result = changes.contract(_rename(kept, rules.to_ours, f"{source}, which is {name}'s: no place here"))
+    result = kept
+    if LAYOUTS[name].table:
+        rules = Rules(LAYOUTS[name].table, facts)
+        result = changes.contract(_rename(kept, rules.to_ours, f"{source}, which is {name}'s: no place here"))
     renamed = len(result.keys() - state.keys())
     for change in LAYOUTS[name].steps():
         change.read(result, conventions, facts)
@@ -125,9 +127,16 @@ def from_ours(state: State, source: str, layout: str, conventions: Conventions =
     facts = facts_of(kept)
     for change in reversed(LAYOUTS[layout].steps()):
         change.write(kept, conventions, facts)
-    rules = Rules(LAYOUTS[layout].table, facts)
-    spelled = lambda name: rules.to_theirs(changes.spell_out(name))  # noqa: E731
-    result = _rename(kept, spelled, f"{source}: no name in {layout}")
+    result = kept
+    if LAYOUTS[layout].table:
+        rules = Rules(LAYOUTS[layout].table, facts)
+        # Names that reading would not give back (a ReLU after FPN's layers makes some) are as good as none.
+        lasting = changes.contract(kept).keys()
+        result = _rename(
+            kept,
+            lambda name: rules.to_theirs(changes.spell_out(name)) if name in lasting else None,
+            f"{source}: no name in {layout}",
+        )
     return Conversion(result, layout, len(result.keys() - state.keys()), dropped)
 
 

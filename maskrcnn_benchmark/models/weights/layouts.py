@@ -14,11 +14,18 @@ from .rules import Row
 
 Table = list[Row]
 
-OURS: Table = [("*", "*")]
+
+def _torchvision_blocks(ours: str, theirs: str) -> Table:
+    return [
+        (f"{ours}.conv{{n}}.weight", f"{theirs}.conv{{n}}.weight"),
+        (f"{ours}.bn{{n}}.*", f"{theirs}.bn{{n}}.*"),
+        (f"{ours}.downsample.{{n}}.*", f"{theirs}.downsample.{{n}}.*"),
+    ]
+
 
 TORCHVISION: Table = [
     ("backbone.body.stem.{part:conv|bn}1.*", "backbone.body.{part:conv|bn}1.*"),
-    ("backbone.body.layer*", "backbone.body.layer*"),
+    *_torchvision_blocks("backbone.body.layer{s}.{b}", "backbone.body.layer{s}.{b}"),
     ("backbone.fpn.fpn_inner{level}.*", "backbone.fpn.inner_blocks.{level-first}.*"),
     ("backbone.fpn.fpn_layer{level}.*", "backbone.fpn.layer_blocks.{level-first}.*"),
     ("backbone.fpn.top_blocks.*", "backbone.fpn.extra_blocks.*"),
@@ -47,7 +54,7 @@ BACKBONE: Table = [
     ("backbone.body.stem.bn{n}.*", "conv1.{3*n-2}.*", "deep"),
     ("backbone.body.stem.{part:conv|bn}{n}.*", "{part:conv|bn}{n}.*", "not deep"),
     ("backbone.body.layer{s}.{b}.downsample.{n}.*", "layer{s}.{b}.downsample.{n+1}.*", "deep"),
-    ("backbone.body.layer{s}.*", "layer{s}.*"),
+    *_torchvision_blocks("backbone.body.layer{s}.{b}", "layer{s}.{b}"),
     ("backbone.body.{part:transition|stage}{n}.*", "{part:transition|stage}{n}.*"),
 ]
 
@@ -166,20 +173,21 @@ def _mmdet_blocks(ours: str, theirs: str) -> Table:
     ]
 
 
-def _mmdet_heads(box: str, predictor: str, mask: str, stage: str) -> Table:
-    """stage: `{k}.` in a cascade."""
-    theirs, mask_there = f"roi_head.bbox_head.{stage}", f"roi_head.mask_head.{stage}"
-    return [
-        (f"{box}.fc{{n}}.0.*", f"{theirs}shared_fcs.{{n-6}}.*"),
-        (f"{box}.xconvs.{{step*n+1}}.*", f"{theirs}shared_convs.{{n}}.gn.*", "normed_box_convs"),
-        (f"{box}.xconvs.{{step*n}}.*", f"{theirs}shared_convs.{{n}}.conv.*"),
-        (f"{predictor}.cls_score.*", f"{theirs}fc_cls.*"),
-        (f"{predictor}.bbox_pred.*", f"{theirs}fc_reg.*"),
-        (f"{mask}.feature_extractor.mask_fcn{{n}}.0.*", f"{mask_there}convs.{{n-1}}.conv.*"),
-        (f"{mask}.feature_extractor.mask_fcn{{n}}.1.*", f"{mask_there}convs.{{n-1}}.gn.*"),
-        (f"{mask}.predictor.conv5_mask.*", f"{mask_there}upsample.*"),
-        (f"{mask}.predictor.mask_fcn_logits.*", f"{mask_there}conv_logits.*"),
+def _mmdet_heads(stage: str, mask: str, condition: str) -> Table:
+    """stage: `{k}.` in a cascade, which has a mask head for each stage too."""
+    box, theirs, mask_there = "roi_heads.box.", f"roi_head.bbox_head.{stage}", f"roi_head.mask_head.{stage}"
+    rows = [
+        (f"{box}feature_extractor.{stage}fc{{n}}.0.*", f"{theirs}shared_fcs.{{n-6}}.*"),
+        (f"{box}feature_extractor.{stage}xconvs.{{step*n+1}}.*", f"{theirs}shared_convs.{{n}}.gn.*"),
+        (f"{box}feature_extractor.{stage}xconvs.{{step*n}}.*", f"{theirs}shared_convs.{{n}}.conv.*"),
+        (f"{box}predictor.{stage}cls_score.*", f"{theirs}fc_cls.*"),
+        (f"{box}predictor.{stage}bbox_pred.*", f"{theirs}fc_reg.*"),
+        (f"{mask}feature_extractor.mask_fcn{{n}}.0.*", f"{mask_there}convs.{{n-1}}.conv.*"),
+        (f"{mask}feature_extractor.mask_fcn{{n}}.1.*", f"{mask_there}convs.{{n-1}}.gn.*"),
+        (f"{mask}predictor.conv5_mask.*", f"{mask_there}upsample.*"),
+        (f"{mask}predictor.mask_fcn_logits.*", f"{mask_there}conv_logits.*"),
     ]
+    return [(*row, condition) for row in rows]
 
 
 MMDET: Table = [
@@ -203,10 +211,8 @@ MMDET: Table = [
     ("rpn.head.{part:cls|bbox}_tower.{2*n}.*", "bbox_head.{part:cls|reg}_convs.{n}.conv.*"),
     ("rpn.head.cls_logits.*", "bbox_head.retina_cls.*", "retinanet"),
     ("rpn.head.bbox_pred.*", "bbox_head.retina_reg.*", "retinanet"),
-    *_mmdet_heads("roi_heads.box.feature_extractor", "roi_heads.box.predictor", "roi_heads.mask", ""),
-    *_mmdet_heads(
-        "roi_heads.box.feature_extractor.{k}", "roi_heads.box.predictor.{k}", "roi_heads.mask.stages.{k}", "{k}."
-    ),
+    *_mmdet_heads("", "roi_heads.mask.", "not cascade"),
+    *_mmdet_heads("{k}.", "roi_heads.mask.stages.{k}.", "cascade"),
 ]
 
 _STATISTICS = "{leaf:weight|bias|running_mean|running_var}", "{leaf:weight|bias|_mean|_variance}"

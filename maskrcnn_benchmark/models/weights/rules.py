@@ -28,6 +28,7 @@ _SIGNS = {
     "pyramid": r"fpn|^neck\.",
     "deep": r"stem\.conv3\.|^conv1\.6\.|^backbone\.stem\.6\.|conv1_3\.",
     "normed_box_convs": r"xconvs\.1\.|box_head\.conv1\.norm|shared_convs\.0\.gn|head_conv1_gn",
+    "cascade": r"predictor\.\d+\.|box_head\.\d+\.fc|bbox_head\.\d+\.",
     "long_res4": r"layer3\.10\.|res4b10\.",
 }
 _FIRST_NORM = r"(^|\.)layer1\.0\.bn1\."
