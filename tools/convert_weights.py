@@ -63,7 +63,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    level = logging.INFO if args.download else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     if args.list:
         print_catalogue()
     elif args.download:
