@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
-from maskrcnn_benchmark.config import dump, get_config, parse_config, sha256
+from maskrcnn_benchmark.config import dump, flat, get_config, legacy, merge, parse_config, sha256
+from maskrcnn_benchmark.config.defaults import get_defaults
 from maskrcnn_benchmark.errors import ConfigError
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))
@@ -134,6 +136,39 @@ def test_files_that_cannot_be_used(tmp_path):
     write(tmp_path / "one.yaml", "_BASE_: two.yaml")
     with pytest.raises(ConfigError, match="circle"):
         get_config(write(tmp_path / "two.yaml", "_BASE_: one.yaml"))
+
+
+UPSTREAM_YAML = "MODEL: {META_ARCHITECTURE: GeneralizedRCNN, MASK_ON: True, BACKBONE: {CONV_BODY: R-50-C4}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (UPSTREAM_YAML, True),
+        (f"_BASE_: []\n{UPSTREAM_YAML}", False),
+        (UPSTREAM_YAML.replace("MASK_ON", "LEGACY_PLUS_ONE: False, MASK_ON"), False),
+        ("MODEL: {MASK_ON: True}", False),
+        ("_BASE_: upstream.yaml", True),
+        ("_BASE_: [upstream.yaml, torchvision.yaml]", False),
+    ],
+)
+def test_upstreams_conventions_come_with_its_yaml(text, expected, tmp_path):
+    """With a file that names META_ARCHITECTURE, has no _BASE_ and no convention of its own; what follows it wins."""
+    write(tmp_path / "upstream.yaml", UPSTREAM_YAML)
+    write(tmp_path / "torchvision.yaml", "MODEL: {LEGACY_PLUS_ONE: False}")
+    cfg = get_config(write(tmp_path / "file.yaml", text))
+    assert expected == cfg.MODEL.LEGACY_PLUS_ONE
+    rounding = "stride" if expected or "torchvision" in text else "none"
+    assert rounding == cfg.MODEL.RPN.ANCHOR_ROUNDING
+    assert not get_config(tmp_path / "upstream.yaml", ["MODEL.LEGACY_PLUS_ONE", "False"]).MODEL.LEGACY_PLUS_ONE
+
+
+def test_upstreams_conventions_are_those_of_their_file():
+    file = yaml.safe_load((ROOT / "configs" / "conventions" / "maskrcnn_benchmark.yaml").read_text())
+    cfg, expected = get_defaults(), get_defaults()
+    merge(cfg, file, "file")
+    merge(expected, legacy.UPSTREAM, "table")
+    assert flat(cfg) == flat(expected) and legacy.UPSTREAM.keys() <= set(legacy.CONVENTIONS)
 
 
 def test_upstream_names(tmp_path):

@@ -127,6 +127,18 @@ def test_category_ids_with_gaps_and_zero(open_coco):
     assert [a["category_id"] for a in dataset.annotations(0)] == [90, 0, 7, 0]
 
 
+def test_a_class_without_objects_is_a_warning(open_coco, caplog):
+    """A crowd is none to train on. In a file to test on it says nothing."""
+    data = content(annotation(1), annotation(2, category_id=90, iscrowd=1))
+    open_coco(data)
+    assert [r.getMessage().split(": ", 1)[1] for r in caplog.records] == [
+        "no object to train on of 2 categories: zero, ninety"
+    ]
+    caplog.clear()
+    open_coco(data, training=False)
+    assert not caplog.records
+
+
 def test_annotations_gives_back_what_the_file_says(open_coco):
     sound = annotation(4, occ=1, truncate=0, direct="left")
     without_area = annotation(5, area=None, iscrowd=None)
@@ -211,7 +223,7 @@ def test_unusable_annotation_is_dropped_and_counted(open_coco, caplog, kind, cha
         dataset = open_coco(content(annotation(1), *anns))
     assert dataset.counts.tolist() == [1] and len(dataset.load(0).boxes) == 1
     assert dataset.warnings == {kind: [11, 12, 13, 14]}
-    (record,) = caplog.records
+    (record,) = [record for record in caplog.records if "annotations" in record.getMessage()]
     assert "4 annotations" in record.getMessage() and "11, 12, 13, ..." in record.getMessage()
 
 

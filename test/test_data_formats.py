@@ -327,6 +327,15 @@ def test_voc_boxes_count_from_one(voc_root):
     assert [a["difficult"] for a in dataset.annotations(0)] == [0, 1, 0]
 
 
+def test_upstreams_names_of_voc(voc_root):
+    """Images of the detection task; a part by place; a name near it when mistyped."""
+    cfg = config(voc_root, "MODEL.MASK_ON", "False")
+    assert len(catalog.build_dataset(("voc_2012_train",), cfg, True)) == 2
+    assert catalog.build_dataset(("voc_2012_train[1:]",), cfg, True).file_names == ["2007_2.jpg"]
+    with pytest.raises(ConfigError, match=r"did you mean voc_2012_train\?"):
+        catalog.build_dataset(("voc_2012_trian",), cfg, True)
+
+
 def test_voc_instances(voc_root, caplog):
     dataset = build("voc://VOC2012?split=train", voc_root)
     assert dataset.image_ids == [1] and dataset.category_names == ["cat", "dog", "horse", "person"], "of all splits"
@@ -399,6 +408,11 @@ def test_cityscapes_polygons(cityscapes_root):
     assert by_class[26, 40]["area"] == 10 * 10 - 2 * 10 and by_class[26, 40]["bbox"] == [40, 5, 10, 10]
     assert by_class[33, 2]["iscrowd"] == 1 and by_class[24, 20]["area"] == 200
     assert dataset.counts.tolist() == [3] and dataset.load(0).labels.tolist() == [1, 3, 3]
+
+
+def test_upstreams_names_of_cityscapes(cityscapes_root):
+    named = build("cityscapes_poly_instance_train", cityscapes_root)
+    assert named.annotations(0) == build("cityscapes://.?split=train", cityscapes_root).annotations(0)
 
 
 def test_cityscapes_instance_ids_are_the_same(cityscapes_root):

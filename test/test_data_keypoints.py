@@ -15,7 +15,7 @@ from PIL import Image
 
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.data import loader
-from maskrcnn_benchmark.data.catalog import build_dataset, check_same_categories
+from maskrcnn_benchmark.data.catalog import build_dataset, check_same_keypoints
 from maskrcnn_benchmark.data.coco import CocoDataset
 from maskrcnn_benchmark.data.items import ItemDataset
 from maskrcnn_benchmark.data.keypoints import PERSON, named, of_categories
@@ -158,7 +158,7 @@ def test_unless_wanted_they_are_not_kept(open_coco):
 def test_parts_must_have_the_same_keypoints(open_coco):
     one, other = open_coco(annotation()), open_coco(annotation(), categories=[CATEGORY | {"keypoints": FACE[::-1]}])
     with pytest.raises(DataError, match="differ in their keypoints: nose, left_eye, right_eye there, right_eye"):
-        check_same_categories(one, other)
+        check_same_keypoints(one, other)
 
 
 class Faces:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from conftest import ROOT
 from test_data_loader import sample_of
 from test_models import C4, SMALL, TINY, make_batch, model_of, step
 from torch import Tensor
@@ -161,6 +162,7 @@ def test_work_without_a_wait_is_not_counted():
     assert not waits.found
 
 
+LEGACY = ("_BASE_", str(ROOT / "configs" / "conventions" / "maskrcnn_benchmark.yaml"))
 # Small enough for the composites, which walk row by row.
 SMALL_STEP = [
     *("SOLVER.IMS_PER_BATCH", "2", "MODEL.RPN.PRE_NMS_TOP_N_TRAIN", "50", "MODEL.RPN.FPN_POST_NMS_TOP_N_TRAIN", "50"),
@@ -195,8 +197,9 @@ BOTH = pytest.mark.parametrize("composites", [False, True], ids=["native", "comp
         ("SOLVER.OPTIMIZER", "SGD"),
         ("SOLVER.OPTIMIZER", "AdamW", "SOLVER.CLIP_GRADIENTS_NORM", "1.0", "DTYPE", "bfloat16"),
         ("SOLVER.OPTIMIZER", "AdamW", "SOLVER.CLIP_GRADIENTS_NORM", "1.0", "DTYPE", "float16"),
+        ("SOLVER.OPTIMIZER", "SGD", *LEGACY),
     ],
-    ids=["SGD", "AdamW-bf16", "AdamW-fp16-scaled"],
+    ids=["SGD", "AdamW-bf16", "AdamW-fp16-scaled", "legacy"],
 )
 def test_a_training_step_never_waits_for_the_device(tiny_config, tmp_path, overrides, composites):
     changes = {"autocast_dtypes": (torch.bfloat16, torch.float16), "grad_scaler": True}
@@ -251,10 +254,11 @@ def shapes_of(batch) -> list[tuple[int, ...]]:
     return found
 
 
-def test_a_step_in_buckets_computes_what_a_compacting_one_does(tiny_config, tmp_path):
+@pytest.mark.parametrize("convention", [(), LEGACY], ids=["ours", "legacy"])
+def test_a_step_in_buckets_computes_what_a_compacting_one_does(tiny_config, tmp_path, convention):
     """The whole way from the loader to the weights: padded objects, polygons and rows against none."""
-    fixed = make_run(tiny_config, tmp_path / "fixed", "SOLVER.OPTIMIZER", "SGD")
-    compact = make_run(tiny_config, tmp_path / "compact", "SOLVER.OPTIMIZER", "SGD", compacts=True)
+    fixed = make_run(tiny_config, tmp_path / "fixed", "SOLVER.OPTIMIZER", "SGD", *convention)
+    compact = make_run(tiny_config, tmp_path / "compact", "SOLVER.OPTIMIZER", "SGD", *convention, compacts=True)
     for iteration in range(3):
         losses, batches = [], []
         for run in (fixed, compact):
@@ -308,7 +312,9 @@ def draw(polygons, instance: int, box: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("config", "overrides", "backend"), [(SMALL, TINY, "aot_eager"), (None, C4, "eager")], ids=["FPN", "C4"]
+    ("config", "overrides", "backend"),
+    [(SMALL, TINY, "aot_eager"), (None, [*C4, *LEGACY], "eager")],
+    ids=["FPN", "C4-legacy"],
 )
 def test_the_training_forward_compiles_as_one_graph(config, overrides, backend):
     """Without a break, once for all batches of a shape, with eager's losses and gradients. With aot_eager the backward

@@ -7,47 +7,28 @@ Its boxes name the first and the last pixel; here they end where the last pixel 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED
-from test_fixtures import POLYGONS, close, pack, peer_state, subsample
+from test_fixtures import POLYGONS, Peer, close, pack, peer_state, subsample
 from torch import Tensor
 
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.evaluation.results import detections_to_results
 from maskrcnn_benchmark.models.build import build_model
-from maskrcnn_benchmark.models.rcnn import RCNN
 from maskrcnn_benchmark.ops.boxes import from_inclusive, to_inclusive
 from maskrcnn_benchmark.ops.rle import decode_rle
-from maskrcnn_benchmark.structures import Detections, ImageBatch, Targets
+from maskrcnn_benchmark.structures import ImageBatch, Targets
 
 CONVENTION = ROOT / "configs" / "conventions" / "maskrcnn_benchmark.yaml"
 WHOLE_MODELS = sorted(path.stem for path in (SHARED / "fixtures").glob("maskrcnn_benchmark_e2e_mask_*.json"))
 
 
-@dataclass
-class Upstream:
-    """A whole model of upstream's: ours with its weights, and what it computed."""
-
-    model: RCNN
-    images: ImageBatch
-    arrays: dict[str, np.ndarray]
-    features: list[Tensor]
-
-    def tensor(self, name: str) -> Tensor:
-        return torch.from_numpy(self.arrays[name])
-
-    def detect(self) -> Detections:
-        with torch.no_grad():
-            return self.model(self.images)
-
-
 @pytest.fixture(scope="module", params=WHOLE_MODELS or ["none"])
-def upstream(request, shared) -> Upstream:
+def upstream(request, shared) -> Peer:
     folder, name = shared / "fixtures", request.param
     if name == "none":
         pytest.skip(f"{folder} has no whole model of maskrcnn-benchmark")
@@ -63,7 +44,7 @@ def upstream(request, shared) -> Upstream:
     model.eval()
     with torch.no_grad():
         features = model.features(images)[0]
-    return Upstream(model, images, arrays, features)
+    return Peer(name, model, images, arrays, features)
 
 
 def test_features_and_rpn_head(upstream):
@@ -110,7 +91,8 @@ def test_heads(upstream):
 
 
 def test_detections(upstream):
-    found = upstream.detect()
+    with torch.no_grad():
+        found = upstream.model(upstream.images)
     columns = [to_inclusive(found.boxes[0]), 1000 * found.labels[0][:, None], 100 * found.scores[0][:, None]]
     theirs = [upstream.tensor("det_boxes"), *(upstream.tensor(f"det_{k}")[:, None] for k in ("labels", "scores"))]
     theirs = torch.cat([theirs[0], 1000 * theirs[1], 100 * theirs[2]], 1)

@@ -6,23 +6,36 @@ Its boxes name the first and the last pixel; here they end where the last pixel 
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
+from test_fixed_shapes import HostWaits
 from test_fixtures import POLYGONS, bitmaps_of, pack
 from torch import Tensor
+from yacs.config import CfgNode
 
+from maskrcnn_benchmark.config import flat, get_config
+from maskrcnn_benchmark.config.legacy import CONVENTIONS, describe_conventions
 from maskrcnn_benchmark.data.geometry import mirror, resize
-from maskrcnn_benchmark.data.sample import Sample
-from maskrcnn_benchmark.models.anchors import AnchorGenerator
+from maskrcnn_benchmark.data.sample import Polygons, Sample
+from maskrcnn_benchmark.data.transforms import build_transforms
+from maskrcnn_benchmark.errors import ConfigError
+from maskrcnn_benchmark.evaluation.results import detections_to_results
+from maskrcnn_benchmark.models.anchors import AnchorGenerator, cell_anchors
+from maskrcnn_benchmark.models.build import build_pool, build_rpn
 from maskrcnn_benchmark.models.layers import FrozenBatchNorm2d
 from maskrcnn_benchmark.models.rpn import inside
 from maskrcnn_benchmark.ops import box_coder, masks, matching, nms, roi_align
 from maskrcnn_benchmark.ops import boxes as box_ops
 from maskrcnn_benchmark.ops.boxes import from_inclusive, to_inclusive
 from maskrcnn_benchmark.ops.focal_loss import sigmoid_focal_loss
+from maskrcnn_benchmark.ops.proposals import decode_and_clip
 from maskrcnn_benchmark.ops.rle import decode_rle
+from maskrcnn_benchmark.structures import Detections, ImageBatch
 
 CONVENTION = ROOT / "configs" / "conventions" / "maskrcnn_benchmark.yaml"
 
@@ -188,3 +201,138 @@ def test_paste(numbers):
     pasted = np.stack([decode_rle(rle) for rle in rles]).astype(bool)
     theirs = numbers("paste/masks_256x320").numpy()
     assert (pasted != theirs).sum() == 0
+
+
+# -------------------------------------------------------------------------------------------- worked by hand
+
+
+def legacy(*overrides: str) -> CfgNode:
+    return get_config(None, ["_BASE_", str(CONVENTION), *overrides])
+
+
+def test_a_proposal_beyond_the_border_keeps_a_pixel():
+    """Upstream clips first and last pixels to 0..199: what lies right of the image is its last column."""
+    anchors, index = torch.tensor([[10.0, 10, 20, 20], [10, 10, 20, 20]]), torch.tensor([[0, 1]])
+    deltas = torch.tensor([[[30.0, 0, 0, 0], [-30.0, 0, 0, 0]]])
+    sizes = torch.tensor([[100, 200]])
+    _, valid = decode_and_clip(deltas, anchors, index, sizes)
+    assert valid.tolist() == [[False, False]]
+    for least, kept in ((0.0, True), (1.0, True), (1.5, False)):  # MIN_SIZE itself is large enough
+        box, valid = decode_and_clip(deltas, anchors, index, sizes, min_size=least, least_side=1.0)
+        assert box.tolist() == [[[199, 10, 200, 20], [0, 10, 1, 20]]]
+        assert valid.tolist() == [[kept, kept]]
+
+
+@pytest.mark.parametrize(("rank_by", "level"), [("logit", 1), ("probability", 0)])
+def test_ranking_by_probability_makes_large_logits_equal(rank_by, level):
+    """sigmoid(20) and sigmoid(30) are both 1 in float32, and of equals the first level's comes first."""
+    cfg = get_config(ROOT / "configs" / "e2e_faster_rcnn_R_50_FPN_1x.yaml", ["MODEL.RPN.RANK_BY", rank_by])
+    rpn = build_rpn(cfg, 8).eval()
+    rpn.post_nms = (1, 1)
+    anchors = torch.tensor([[0.0, 0, 8, 8], [20, 20, 28, 28]])
+    logits, deltas = [torch.tensor([[20.0]]), torch.tensor([[30.0]])], torch.zeros(1, 2, 4)
+    proposals = rpn.propose(logits, deltas, anchors, torch.tensor([[64, 64]]))
+    assert proposals.boxes[0].tolist() == anchors[level : level + 1].tolist()
+    assert proposals.scores.tolist() == [[1.0]]
+
+
+def test_cells_of_c4_by_hand():
+    """128 is 8 strides of 16. Ratio 1/2: 16 * 16 * 2 = 512, w round(22.6) = 23, h round(11.5) = 12 (to even)."""
+    cells = to_inclusive(cell_anchors((128,), (0.5, 1.0), "stride", stride=16, offset=0.5))
+    assert cells.tolist() == [[-84, -40, 99, 55], [-56, -56, 71, 71]]
+
+
+def test_c4_pools_from_the_first_pixel_to_the_last():
+    """On the map f(x, y) = x of stride 16, pixels 32..96 are 2..6, with a mean of 4; shifted or a pixel longer it is
+    not."""
+    ramp = torch.arange(20.0).expand(1, 1, 20, 20)
+    cfg = legacy()
+    pool = build_pool(cfg, cfg.MODEL.ROI_BOX_HEAD, channels=1)
+    pooled = pool([ramp], torch.tensor([[32.0, 32, 97, 97]]), torch.zeros(1, dtype=torch.long))
+    assert pooled.shape == (1, 1, 14, 14)
+    assert pooled.mean().item() == pytest.approx(4.0, abs=1e-5)
+    assert pooled[0, 0, 0, 0].item() == pytest.approx(2 + 4 / 28, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest", "down"),
+    [
+        ((480, 640), (800, 1067), (800, 1066)),
+        ((640, 480), (1067, 800), (1066, 800)),
+        ((375, 1242), (402, 1333), (402, 1331)),  # round(1333 * 375 / 1242) = 402, int(402 * 1242 / 375) = 1331
+        ((300, 1000), (400, 1333), (400, 1333)),
+        ((500, 500), (800, 800), (800, 800)),
+    ],
+)
+def test_sizes_of_resized_images(size, nearest, down):
+    for cfg, expected in ((get_config(), nearest), (legacy(), down)):
+        (transform,) = build_transforms(cfg, training=False).transforms
+        assert transform.new_size(size, 800) == expected
+
+
+def test_resized_by_pillow():
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    sample = Sample(image, 1, 0, (60, 80))
+    cfg = legacy("INPUT.MIN_SIZE_TEST", "30")
+    expected = np.asarray(Image.fromarray(image).resize((40, 30), Image.Resampling.BILINEAR))
+    assert np.array_equal(build_transforms(cfg, training=False)(sample, np.random.default_rng(0)).image, expected)
+
+
+def test_training_images_by_hand():
+    """An image of 10 x 20, enlarged twice, then mirrored: pixels 2..5 become 4..10, then 39 - 10 = 29..35. A box of one
+    pixel is dropped, as upstream does."""
+    boxes = np.array([[2, 2, 6, 8], [3, 3, 4, 9]], np.float32)
+    polygons = Polygons.pack([[boxes[0].reshape(2, 2)[[0, 0, 1]]], [np.zeros((3, 2), np.float32)]])
+    keypoints = np.array([[[5, 3, 2]], [[1, 1, 2]]], np.float32)
+    image = np.zeros((10, 20, 3), np.uint8)
+    sample = Sample(image, 1, 0, (10, 20), boxes, np.array([1, 2]), polygons, keypoints=keypoints)
+    cfg = legacy("INPUT.MIN_SIZE_TRAIN", "(20,)", "INPUT.HORIZONTAL_FLIP_PROB_TRAIN", "1.0")
+    result = build_transforms(cfg, training=True)(sample, np.random.default_rng(0))
+    assert result.labels.tolist() == [1]
+    assert result.boxes.tolist() == [[29, 4, 36, 15]]
+    assert result.polygons.of(0)[0].tolist() == [[35, 4], [35, 4], [27, 16]]
+    assert result.keypoints.tolist() == [[[29, 6, 2]]]
+
+
+def test_results_by_hand():
+    """Pixels 10..30 and 20..40 of an image shown at half its size are 20..60 and 40..80 of the file, 41 a side."""
+    valid = torch.ones(1, 1, dtype=torch.bool)
+    found = Detections(torch.tensor([[[10.0, 20, 31, 41]]]), torch.ones(1, 1), valid.long(), valid)
+    images = ImageBatch(torch.zeros(1, 3, 100, 50), torch.tensor([[100, 50]]), [(200, 100)], [7])
+    assert detections_to_results(found, images, [3], plus_one=True).boxes.tolist() == [[20, 40, 41, 41]]
+    assert detections_to_results(found, images, [3]).boxes.tolist() == [[20, 40, 42, 42]]
+
+
+def test_bitmap_targets_never_wait_and_stay_in_the_image():
+    """Boxes that reach beyond the bitmap and rows of padding (zeros) read what is there."""
+    bitmaps = torch.ones(2, 9, 7, dtype=torch.uint8)
+    boxes = torch.tensor([[-3.0, -3, 30, 30], [0, 0, 0, 0], [6.6, 8.6, 8, 10]])
+    instance = torch.tensor([0, 1, 1])
+    with HostWaits() as waits:
+        drawn = masks.bitmap_targets_whole_pixels(bitmaps, instance, boxes, 7, soft=False)
+    assert not waits.found
+    assert drawn.shape == (3, 7, 7) and drawn[0].all()
+
+
+def test_the_convention_is_explicit(tmp_path):
+    """An upstream yaml by itself gets the defaults; the convention is one more file, and the log says which it is."""
+    yaml = tmp_path / "upstream.yaml"
+    yaml.write_text('MODEL: {WEIGHT: "catalog://ImageNetPretrained/MSRA/R-50", BACKBONE: {CONV_BODY: R-50-C4}}')
+    assert not get_config(yaml).MODEL.LEGACY_PLUS_ONE
+    assert describe_conventions(get_config(yaml)).startswith("conventions: the defaults")
+    cfg = get_config(yaml, ["_BASE_", str(CONVENTION), "MODEL.RPN.RANK_BY", "logit"])
+    assert cfg.MODEL.LEGACY_PLUS_ONE and cfg.MODEL.RPN.RANK_BY == "logit", "what follows _BASE_ does not win"
+    text = describe_conventions(cfg)
+    assert "MODEL.LEGACY_PLUS_ONE True" in text and "RANK_BY" not in text
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        get_config(yaml, ["_BASE_", "nowhere.yaml"])
+
+
+def test_upstreams_convention_leaves_its_yamls_alone():
+    """All its keys are ours, marked (+), which no yaml of upstream sets: so the order of _BASE_ does not matter."""
+    text = (ROOT / "maskrcnn_benchmark" / "config" / "defaults.py").read_text()
+    ours = {key for comment, key in re.findall(r"((?:^#.*\n)+)_C\.(\S+) = ", text, re.MULTILINE) if "(+)" in comment}
+    before, after = flat(get_config()), flat(legacy())
+    changed = {key for key in before if before[key] != after[key]}
+    assert "MODEL.LEGACY_PLUS_ONE" in changed and changed <= ours
+    assert changed <= {*CONVENTIONS}, "the log would not say it"

@@ -1,5 +1,10 @@
 """The matcher against hand-worked cases, a loop and its composite."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import reference
 import torch
@@ -108,3 +113,65 @@ def test_opcheck():
     generator = torch.Generator().manual_seed(1)
     gt, valid, anchors = whole_boxes(generator, 2, 3), torch.ones(2, 3, dtype=torch.bool), whole_boxes(generator, 9)
     opcheck(torch.ops.maskrcnn_benchmark.match, (gt, valid, anchors, 0.7, 0.3, True))
+
+
+CROWDED = """
+import resource, sys
+import numpy as np
+import torch
+from maskrcnn_benchmark.ops.matching import match, match_composite
+
+count, cap = int(sys.argv[2]), int(sys.argv[3])
+random = np.random.default_rng(0)
+def boxes(count, largest):
+    corner = random.uniform(0, 1300, (count, 2))
+    return np.concatenate([corner, corner + random.uniform(4, largest, (count, 2))], 1).astype(np.float32)
+gt, anchors = boxes(3000, 60), boxes(count, 120)
+valid = torch.ones(1, 3000, dtype=torch.bool)
+arguments = (torch.from_numpy(gt)[None], valid, torch.from_numpy(anchors), 0.5, 0.3, True)
+function = {"match": match, "composite": match_composite}[sys.argv[1]]
+function(arguments[0], arguments[1], arguments[2][:2000], *arguments[3:])  # libraries and threads have their memory
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (cap << 20), resource.RLIM_INFINITY))
+index, label = function(*arguments)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+area = lambda b: (b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])
+best, best_index = np.empty(count, np.float32), np.empty(count, np.int64)
+gt_best, reached = np.zeros(3000, np.float32), []
+# The matrix, a thousand neighbouring anchors at a time, and of the objects those that reach where they are
+for which in np.array_split(np.lexsort((anchors[:, 1], anchors[:, 0] // 100)), count // 1000):
+    part = anchors[which]
+    near = ((gt[:, :2] < part[:, 2:].max(0)) & (gt[:, 2:] > part[:, :2].min(0))).all(1).nonzero()[0]
+    some = gt[near]
+    sides = (np.minimum(some[:, None, 2:], part[:, 2:]) - np.maximum(some[:, None, :2], part[:, :2])).clip(0)
+    shared = sides[..., 0] * sides[..., 1]
+    iou = shared / (area(some)[:, None] + area(part) - shared)
+    best[which] = iou.max(0)
+    best_index[which] = np.where(best[which] > 0, near[iou.argmax(0)], 0)
+    high = iou.max(1)
+    for row in np.flatnonzero((high >= gt_best[near]) & (high > 0)):
+        reached.append((near[row], high[row], which[iou[row] == high[row]]))
+    gt_best[near] = np.maximum(gt_best[near], high)
+expected = np.where(best >= 0.5, 1, np.where(best < 0.3, 0, -1))
+for g, high, which in reached:
+    if high == gt_best[g]:
+        expected[which] = 1
+assert (index[0].numpy() == best_index).all() and (label[0].numpy() == expected).all()
+print((expected == 1).sum(), (expected == -1).sum())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc/self/statm")
+@pytest.mark.parametrize(
+    ("function", "anchors", "cap"), [("match", 240_000, 128), ("composite", 24_000, 128)], ids=["kernel", "composite"]
+)
+def test_3000_objects_under_a_memory_cap(function, anchors, cap):
+    """With 240,000 anchors a matrix would take 2.9 GB, with 24,000 of the composite's 288 MB; they may take 128 MB. The
+    result is the same as that of the matrix."""
+    command = [sys.executable, "-c", CROWDED, function, str(anchors), str(cap)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    positive, ignored = map(int, done.stdout.split())
+    assert positive > 1000 and ignored > 1000

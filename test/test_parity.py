@@ -203,8 +203,8 @@ def test_a_step_without_compaction_and_a_wrong_optimizer():
 def test_a_wrong_layer_shows_in_the_gradients(monkeypatch):
     right = resnet.conv_norm
 
-    def wrong(x, *parts):
-        out = right(x, *parts)
+    def wrong(*inputs, **options):
+        out = right(*inputs, **options)
         return out if out.dtype == DOUBLE else out * 1.01
 
     monkeypatch.setattr(resnet, "conv_norm", wrong)

@@ -147,7 +147,7 @@ def test_evaluation_beside_training_gives_the_same(run, tiny_config, tmp_path):
 
 
 def test_many_large_masks_in_little_memory():
-    """300 masks on 12 megapixels would be 3.6 GB as bitmaps; and the same RLEs as one by one."""
+    """300 masks on 12 megapixels would be 3.6 GB as bitmaps; and the same RLEs as one by one, and as from bitmaps."""
     script = """
 import resource, torch
 from maskrcnn_benchmark.ops import masks
@@ -160,7 +160,11 @@ masks.paste_masks_rle(maps[:1], boxes[:1], 3000, 4000)
 before = used()
 rles = masks.paste_masks_rle(maps, boxes, 3000, 4000)
 assert rles[::60] == [masks.paste_masks_rle(maps[i:i+1], boxes[i:i+1], 3000, 4000)[0] for i in range(0, 300, 60)]
-print(used() - before)
+grown = used() - before
+for i in (0, 150, 299):
+    drawn = masks.paste_masks_rle_composite(maps[i:i+1], boxes[i:i+1], 3000, 4000, 0.5)  # as a bitmap of 12 megapixels
+    assert masks.compress_rle(*drawn)[0] == rles[i]["counts"]
+print(grown)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -45,7 +45,7 @@ def test_anchor_sizes_by_hand():
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 @pytest.mark.parametrize("background", [False, True])
 def test_losses_are_the_peers_rules(normalizer, background):
-    """Anchor by anchor from the model's own predictions; 10 of 16 anchors' worth of rules differ between peers."""
+    """From the model's own predictions, image by image, by each peer's formula."""
     keys = {"LOSS_NORMALIZER": normalizer, "BACKGROUND_CHANNEL": str(background), "BBOX_REG_BETA": "0.2"}
     model = retinanet(*(part for key, value in keys.items() for part in (f"MODEL.RETINANET.{key}", value)))
     images, targets = make_batch((2, 0, 1))

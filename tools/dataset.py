@@ -1,5 +1,6 @@
-"""Data sets: fetch, look at, convert, split, and make a synthetic one.
+"""Data sets: check, fetch, look at, convert, split, and make a synthetic one.
 
+  python tools/dataset.py check    coco://my.json?images=pictures --html my.html --fix my_repaired.json
   python tools/dataset.py download balloon data --unverified
   python tools/dataset.py show     via://data/balloon/train/via_region_data.json balloon.html
   python tools/dataset.py convert  penn_fudan://data/PennFudanPed pedestrians.json
@@ -20,6 +21,7 @@ DATA.PATH or --data_path. docs/data.md says more.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -31,16 +33,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package besi
 import cv2
 
 from maskrcnn_benchmark import command
-from maskrcnn_benchmark.data import catalog, download, synthetic
+from maskrcnn_benchmark.config import get_config
+from maskrcnn_benchmark.data import catalog, doctor, download, synthetic
+from maskrcnn_benchmark.data.doctor.repair import write_repaired
 from maskrcnn_benchmark.data.split import write_content, write_split
+from maskrcnn_benchmark.engine.checkpoint import write_atomically
 from maskrcnn_benchmark.errors import ConfigError, DataError
-from maskrcnn_benchmark.report import contact_sheet
+from maskrcnn_benchmark.report import contact_sheet, data_page, data_report
+from maskrcnn_benchmark.report.console import progress
 
 
-def main() -> None:
+def main() -> int | None:
     args = parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    args.function(args)
+    return args.function(args)
 
 
 def parse() -> argparse.Namespace:
@@ -59,6 +65,7 @@ def parse() -> argparse.Namespace:
     generator.add_argument("--size", type=int, nargs=2, default=(192, 192), metavar=("H", "W"), help="height and width")
     generator.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random")
     generator.set_defaults(function=generate)
+    add_check(subparsers)
     add_convert(subparsers)
     add_split(subparsers)
     add_show(subparsers)
@@ -69,6 +76,33 @@ def parse() -> argparse.Namespace:
 def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="DATASET", help="a name of the catalogue, or FORMAT://PATH?option=value")
     parser.add_argument("--data-path", default="", metavar="DIR", help="what relative paths start from, as DATA.PATH")
+
+
+def add_check(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "check",
+        help="find what would stop or hurt training, and write a repaired copy",
+        description="Looks at every annotation and image before training does: what is wrong, how often, where first,"
+        " and what training will do about it. Of several data sets also whether they fit each other and share images."
+        " Exit status: 0 nothing but notes, 1 something stops or hurts training, 2 wrong usage or nothing to read.",
+    )
+    parser.add_argument("datasets", nargs="*", metavar="DATASET", help="as below; none: those of --config-file")
+    parser.add_argument("--data-path", default="", metavar="DIR", help="what relative paths start from, as DATA.PATH")
+    parser.add_argument("--config-file", metavar="YAML", help="of the run: its anchors, sizes, classes; else defaults")
+    parser.add_argument("--boxes", action="store_true", help="boxes alone: objects without a mask are fine, then")
+    parser.add_argument("--no-images", action="store_true", help="do not read the image files, annotations alone")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=cores,
+        metavar="N",
+        help=f"processes that read images; default one a core, {cores}",
+    )
+    parser.add_argument("--fix", metavar="OUT.json", help="write a repaired copy of the annotations, COCO's JSON")
+    parser.add_argument("--html", metavar="PAGE.html", help="write a page with pictures of the offenders")
+    parser.add_argument("--json", metavar="FILE", help="write the findings")
+    parser.set_defaults(function=check)
 
 
 def add_convert(subparsers: argparse._SubParsersAction) -> None:
@@ -139,13 +173,47 @@ def generate(args: argparse.Namespace) -> None:
     print(f"wrote {args.train} training and {args.val} validation images to {args.output}")
 
 
+def check(args: argparse.Namespace) -> int:
+    cfg = get_config(args.config_file, [] if args.config_file else ["MODEL.MASK_ON", "True"])
+    names = list(dict.fromkeys(args.datasets or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]))
+    if not names or (args.fix and len(names) > 1):
+        raise ConfigError("check needs a DATASET, or a --config-file that names some; --fix takes one DATASET alone")
+    if args.workers < 0:
+        raise ConfigError(f"--workers {args.workers} must be 0 or more")
+    for path in filter(None, (args.fix, args.html, args.json)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    masks, root = cfg.MODEL.MASK_ON and not args.boxes, args.data_path or cfg.DATA.PATH
+    surveys = [doctor.survey(name, root, masks, args.workers, progress, not args.no_images) for name in names]
+    setting = doctor.Setting(cfg, args.config_file is not None)
+    findings = doctor.examine(surveys, setting)
+    print(data_report.text(surveys, findings))
+    if args.json:
+        write_whole(args.json, json.dumps(data_report.as_json(surveys, findings), indent=1, ensure_ascii=False) + "\n")
+    if args.html:
+        write_whole(args.html, data_page.page(surveys, findings, setting))
+        print(f"wrote {args.html}")
+    if args.fix:
+        counts = write_repaired(surveys[0], args.fix)
+        print(f"wrote {counts['images']} images and {counts['annotations']} annotations to {args.fix}")
+        print(f"DATASETS.TRAIN takes it as {coco_address(args.fix, surveys[0].source.image_dir)}")
+    return doctor.exit_code(findings)
+
+
+def write_whole(path: str, text: str) -> None:
+    write_atomically(Path(path), lambda file: file.write(text.encode()))
+
+
+def coco_address(file: str, image_dir: Path) -> str:
+    """The name by which DATASETS.TRAIN takes a COCO file whose images lie in another directory."""
+    images = os.path.relpath(image_dir, Path(file).parent)
+    return f"coco://{file}?images=" + re.sub(r"[%&+;]", lambda found: f"%{ord(found[0]):02X}", images)
+
+
 def convert(args: argparse.Namespace) -> None:
     source = catalog.read_source(args.dataset, args.data_path)
     write_content(source.content, args.output)
-    images = os.path.relpath(source.image_dir, Path(args.output).parent)
-    images = re.sub(r"[%&+;]", lambda found: f"%{ord(found[0]):02X}", images)
     print(f"wrote {len(source.content['images'])} images and {len(source.content['annotations'])} objects")
-    print(f"DATASETS.TRAIN takes it as coco://{args.output}?images={images}")
+    print(f"DATASETS.TRAIN takes it as {coco_address(args.output, source.image_dir)}")
 
 
 def split(args: argparse.Namespace) -> None:

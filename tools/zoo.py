@@ -12,8 +12,15 @@ from maskrcnn_benchmark.benchmark import zoo
 
 
 def main() -> int:
-    command.Parser(description=__doc__).parse_args()
-    zoo.write(Path(__file__).resolve().parents[1] / "configs")
+    parser = command.Parser(description=__doc__)
+    parser.add_argument(
+        "--measure", action="store_true", help="first measure the models that were not, on this machine"
+    )
+    configs = Path(__file__).resolve().parents[1] / "configs"
+    if parser.parse_args().measure:
+        for name in zoo.measure_all(configs):
+            print(name, flush=True)
+    zoo.write(configs)
     return 0
 
 

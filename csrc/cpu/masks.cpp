@@ -334,7 +334,8 @@ std::tuple<Tensor, Tensor> paste_masks_rle(
   const float* values = m.const_data_ptr<float>();
   const float* corners = b.const_data_ptr<float>();
   std::vector<std::vector<int64_t>> runs(count);
-  at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
+  // An image's 100 detections in one go: threads that meet after a third of a millisecond gain nothing.
+  at::parallel_for(0, count, 256, [&](int64_t begin, int64_t end) {
     MaskPaster paster(size, height, width, static_cast<float>(threshold));
     for (int64_t i = begin; i < end; ++i) {
       paster.paste(values + i * size * size, corners + 4 * i, runs[i]);

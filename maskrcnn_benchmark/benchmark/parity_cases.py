@@ -368,7 +368,9 @@ def conv3x3_cases(op: Callable) -> Iterator[Case]:
     for name, shape in (("many tiles", (2, 32, 40, 44)), ("few tiles", (2, 32, 12, 9))):
         x = torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last)
         weight, bias = torch.randn(64, 32, 3, 3, generator=generator) / 17, torch.randn(64, generator=generator)
-        yield Case(*("ops", f"conv3x3, {name}", op), floats=(x, weight, bias), depth=2, condition=4 * math.sqrt(9 * 32))
+        convolve = lambda *x: op(*x, False)  # noqa: E731
+        floats, condition = (x, weight, bias), 4 * math.sqrt(9 * 32)
+        yield Case("ops", f"conv3x3, {name}", convolve, floats=floats, depth=2, condition=condition)
 
 
 def pointwise_cases(op: Callable) -> Iterator[Case]:
@@ -377,7 +379,8 @@ def pointwise_cases(op: Callable) -> Iterator[Case]:
         x = torch.randn(shape, generator=generator)
         x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         weight, bias = torch.randn(96, 64, generator=generator) / 8, torch.randn(96, generator=generator)
-        yield Case("ops", f"pointwise, {name}", op, floats=(x, weight, bias), condition=math.sqrt(64))
+        convolve = lambda *x: op(*x, True)  # noqa: E731
+        yield Case("ops", f"pointwise, {name}", convolve, floats=(x, weight, bias), condition=math.sqrt(64), gates=1)
 
 
 OPTIONAL: dict[str, Callable[[Callable], Iterator[Case]]] = {

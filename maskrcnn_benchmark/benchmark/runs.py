@@ -171,7 +171,8 @@ def synthetic_data(request: Request, workload: Workload) -> tuple[Batches, dict[
     """The batch without end; and for inference the ground truth of all ranks' images."""
     if request.training:
         return repeat(workload), None
-    samples = [draw_sample(number, request.size, OBJECTS) for number in range(request.batch)]
+    classes = request.cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES - 1
+    samples = [draw_sample(number, request.size, OBJECTS, classes) for number in range(request.batch)]
     return repeat(workload), ground_truth(request.cfg, samples)
 
 

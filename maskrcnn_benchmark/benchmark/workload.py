@@ -59,7 +59,8 @@ def training_workload(
     if not 1 <= positives <= quota:
         raise UserError(f"{positives} positive RoIs an image: the configuration samples 1 to {quota}")
     objects = min(OBJECTS, positives)
-    samples = [draw_sample(number, size, objects) for number in range(first, first + batch)]
+    classes = cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES - 1
+    samples = [draw_sample(number, size, objects, classes) for number in range(first, first + batch)]
     others = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE - positives
     drawn = [propose(sample, positives - objects, others) for sample in samples]
     return _workload(cfg, device, samples, drawn)
@@ -67,7 +68,8 @@ def training_workload(
 
 def inference_workload(cfg: CfgNode, device: Device, batch: int, size: tuple[int, int], first: int = 0) -> Workload:
     """`batch` images, and as many proposals as the RPN would give in test mode."""
-    samples = [draw_sample(number, size, OBJECTS) for number in range(first, first + batch)]
+    classes = cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES - 1
+    samples = [draw_sample(number, size, OBJECTS, classes) for number in range(first, first + batch)]
     rpn = cfg.MODEL.RPN
     count = rpn.FPN_POST_NMS_TOP_N_TEST if rpn.USE_FPN else rpn.POST_NMS_TOP_N_TEST
     drawn = [random_boxes(_random(sample.image_id), count, *size, 16, 0.8 * min(size)) for sample in samples]
@@ -87,8 +89,8 @@ def _workload(cfg: CfgNode, device: Device, samples: list[Sample], drawn: list[n
     return Workload(*(part.to(device.torch_device) for part in (images, targets, proposals)), samples)
 
 
-def draw_sample(number: int, size: tuple[int, int], objects: int) -> Sample:
-    """Image `number` of `size`, with so many objects exactly."""
+def draw_sample(number: int, size: tuple[int, int], objects: int, classes: int) -> Sample:
+    """Image `number` of `size`, with so many objects exactly, of labels 1 to `classes` at most."""
     for attempt in range(100):
         image, shapes = draw_image(np.random.default_rng((SEED, number, attempt)), size, (objects, objects))
         if len(shapes) == objects:
@@ -104,7 +106,7 @@ def draw_sample(number: int, size: tuple[int, int], objects: int) -> Sample:
         image_index=number,
         original_size=size,
         boxes=np.stack([[*points.min(0), *points.max(0)] for points in corners]).astype(np.float32),
-        labels=np.array([labels.index(shape.category_id) + 1 for shape in shapes]),
+        labels=np.array([labels.index(shape.category_id) % classes + 1 for shape in shapes]),
         polygons=Polygons(
             np.concatenate(polygons),
             offsets_of(np.array([len(polygon) for polygon in polygons])),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +21,9 @@ from .flops import inference_flops
 SIZE = (800, 1344)
 DETECTIONS = 100
 BEGIN, END = "<!-- table: python tools/zoo.py -->", "<!-- end of the table -->"
+ROOT = Path(__file__).resolve().parents[2]
+# Times of a machine: {recipe: {"ms", "memory_mb", "commit"}}, by `python tools/zoo.py --measure`
+MEASURED = ROOT / "docs" / "measurements" / "zoo_cpu_amd_epyc_2_cores.json"
 # Directories of configs/ that hold no models of their own
 PARTS = {"_base_", "benchmark", "conventions"}
 
@@ -70,31 +77,69 @@ def size_of(file: Path) -> tuple[int, float]:
     return sum(p.numel() for p in model.parameters()), inference_flops(cfg, SIZE).of(1, DETECTIONS)
 
 
-def row(name: str, size: tuple[int, float]) -> str:
+def measure(file: Path) -> dict[str, Any] | None:
+    """Median milliseconds and peak MB of inference on one image of 800 x 1333 in float32, in a process of its own, with
+    the benchmark's fixed proposals; None for models that it does not measure, whose reason it prints."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "result.json"
+        options = ["--config-file", file, "--size", "800x1333", "--batch", "1", "--steps", "3", "--warmup", "1"]
+        command = [sys.executable, ROOT / "tools" / "benchmark.py", "infer", *options, "--phase-steps", "1"]
+        if subprocess.run([*command, "--out", out], stdout=subprocess.DEVNULL).returncode:
+            return None
+        result = json.loads(out.read_text())
+    metrics = result["cases"][0]["metrics"]
+    return {
+        "ms": round(metrics["step_ms"]["p50"], 1),
+        "memory_mb": round(metrics["max_memory_mb"]["p50"]),
+        "commit": result["environment"]["commit"],
+    }
+
+
+def row(name: str, size: tuple[int, float], measured: dict[str, Any] | None) -> str:
     published = PUBLISHED.get(name)
     numbers = (
         ("", "", "") if published is None else (f"{published.box:.1f}", f"{published.shape or ''}", published.source)
     )
-    cells = (f"[{name}]({name}.yaml)", f"{size[0] / 1e6:.1f}", f"{size[1] / 1e9:.0f}", "not measured", "not measured")
+    times = ("not measured",) * 2
+    if measured is not None:
+        times = (f"{measured['ms'] / 1000:.2f}", f"{measured['memory_mb']}")
+    cells = (f"[{name}]({name}.yaml)", f"{size[0] / 1e6:.1f}", f"{size[1] / 1e9:.0f}", *times)
     return f"| {' | '.join((*cells, *numbers))} |"
 
 
-def rows(directory: Path) -> Iterator[str]:
-    """A row for each model; those that differ in data or schedule alone are counted once."""
-    sizes: dict[str, tuple[int, float]] = {}
+def same_models(directory: Path) -> list[list[str]]:
+    """Recipes that differ in data, schedule or weights alone, together."""
+    groups: dict[str, list[str]] = {}
     for name in recipes(directory):
-        file = directory / f"{name}.yaml"
-        model = repr(
-            [(k, v) for k, v in flat(get_config(file)).items() if k.startswith("MODEL.") and k != "MODEL.WEIGHT"]
-        )
-        if model not in sizes:
-            sizes[model] = size_of(file)
-        yield row(name, sizes[model])
+        values = flat(get_config(directory / f"{name}.yaml"))
+        model = [(k, v) for k, v in values.items() if k.startswith("MODEL.") and k != "MODEL.WEIGHT"]
+        groups.setdefault(repr(model), []).append(name)
+    return list(groups.values())
+
+
+def rows(directory: Path) -> list[str]:
+    """A row for each model, by name."""
+    measured = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+    found = {}
+    for names in same_models(directory):
+        size = size_of(directory / f"{names[0]}.yaml")
+        found |= {name: row(name, size, measured.get(names[0])) for name in names}
+    return [found[name] for name in sorted(found)]
+
+
+def measure_all(directory: Path) -> Iterator[str]:
+    """Measures what MEASURED does not hold yet, writing it after each model; the names as they are done."""
+    measured = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+    for names in same_models(directory):
+        if names[0] not in measured and (result := measure(directory / f"{names[0]}.yaml")):
+            measured[names[0]] = result
+            MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
+            yield names[0]
 
 
 def write(directory: Path) -> None:
     """Replaces the table in `directory`/README.md."""
-    names = ("model", "parameters, 1e6", "GFLOP an image", "time", "memory", "published box AP")
+    names = ("model", "parameters, 1e6", "GFLOP an image", "seconds an image", "peak MB", "published box AP")
     names += ("published mask or keypoint AP", "published by")
     head = (f"| {' | '.join(names)} |", "|---" * len(names) + "|")
     file = directory / "README.md"

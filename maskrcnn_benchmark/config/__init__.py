@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 from ast import literal_eval
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,16 +17,19 @@ from yacs.config import CfgNode
 from ..errors import ConfigError
 from .checks import check
 from .defaults import get_defaults
-from .legacy import translate
+from .legacy import UPSTREAM, is_upstreams, translate
 
 BASE_KEY = "_BASE_"
+logger = logging.getLogger(__name__)
 
 
 def get_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> CfgNode:
     """The resolved configuration.
 
     Args:
-        file: a yaml file; its `_BASE_` (a path or a list of paths, relative to the file) is merged first.
+        file: a yaml file; its `_BASE_` (a path or a list of paths, relative to the file) is merged first. A file of
+            upstream maskrcnn-benchmark's, without `_BASE_`, brings upstream's conventions with it (config/legacy.py);
+            `_BASE_: []` keeps ours.
         overrides: `KEY VALUE KEY VALUE ...`, as on the command line; `_BASE_ FILE` merges a file before the others.
 
     Raises:
@@ -77,6 +81,11 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict
         raise ConfigError(f"cannot read config file {path}{by}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a UTF-8 text file") from error
+    if BASE_KEY not in values and is_upstreams(dict(_flatten(values))):
+        logger.info(
+            "%s is upstream's: its conventions come with it (docs/conventions.md); `_BASE_: []` keeps ours", path
+        )
+        yield path, UPSTREAM
     bases = values.pop(BASE_KEY, [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):

@@ -223,6 +223,10 @@ def _check_model(cfg: CfgNode) -> None:
         f"MODEL.RETINANET_ON is {model.RETINANET_ON}, but MODEL.BACKBONE.CONV_BODY is {body}: "
         "bodies that end in -FPN-RETINANET are RetinaNet's, and it needs one",
     )
+    _require(
+        not (parse(body).width and any(model.RESNETS.STAGE_WITH_DCN)),
+        f"MODEL.RESNETS.STAGE_WITH_DCN is {tuple(model.RESNETS.STAGE_WITH_DCN)}, but {body} has no deformable stages",
+    )
     if model.RETINANET_ON:
         _check_retinanet(cfg)
         return

@@ -31,7 +31,6 @@ WITHOUT_EFFECT = {
 }
 
 # Keys in which projects differ without saying so: weights trained by one need its values (configs/conventions/*.yaml).
-# Upstream's yamls do not know them, and a yaml does not tell who will use it, so that nothing here is guessed.
 CONVENTIONS = (
     "MODEL.LEGACY_PLUS_ONE",
     "MODEL.RESNETS.FROZEN_BN_EPS",
@@ -42,8 +41,42 @@ CONVENTIONS = (
     *("MODEL.ROI_KEYPOINT_HEAD.POOLER_ALIGNED", "MODEL.ROI_KEYPOINT_HEAD.POSITIVES"),
     *(f"MODEL.RETINANET.{key}" for key in ("BACKGROUND_CHANNEL", "WHOLE_ANCHOR_SIZES", "BOX_CODER_WEIGHTS")),
     *(f"MODEL.RETINANET.{key}" for key in ("LOSS_NORMALIZER", "CLIP_BEFORE_NMS")),
-    *("INPUT.RESIZE_ROUNDING", "INPUT.RESIZE_BY"),
+    *("INPUT.RESIZE_ROUNDING", "INPUT.RESIZE_BY", "DATALOADER.EMPTY_IMAGE_RATIO"),
 )
+
+
+# Upstream's values of them, which its published weights need: what configs/conventions/maskrcnn_benchmark.yaml holds.
+UPSTREAM = {
+    "MODEL.LEGACY_PLUS_ONE": True,
+    "MODEL.RESNETS.FROZEN_BN_EPS": 0.0,
+    "MODEL.RPN.ANCHOR_ROUNDING": "stride",
+    "MODEL.RPN.ANCHOR_OFFSET": 0.5,
+    "MODEL.RPN.ANCHOR_GRID": "grid",
+    "MODEL.RPN.RANK_BY": "probability",
+    "MODEL.RPN.SMOOTH_L1_BETA": 1 / 9,
+    "MODEL.RPN.LOSS_NORMALIZER": "sampled",
+    "MODEL.ROI_BOX_HEAD.POOLER_ALIGNED": False,
+    "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": 1.0,
+    "MODEL.ROI_MASK_HEAD.POOLER_ALIGNED": False,
+    "MODEL.ROI_MASK_HEAD.SOFT_BITMAP_TARGETS": False,
+    "MODEL.ROI_MASK_HEAD.PASTE_WHOLE_PIXELS": True,
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_ALIGNED": False,
+    "MODEL.ROI_KEYPOINT_HEAD.POSITIVES": "object",
+    "MODEL.RETINANET.BACKGROUND_CHANNEL": False,
+    "MODEL.RETINANET.WHOLE_ANCHOR_SIZES": False,
+    "MODEL.RETINANET.BOX_CODER_WEIGHTS": (10.0, 10.0, 5.0, 5.0),
+    "MODEL.RETINANET.LOSS_NORMALIZER": "batch",
+    "MODEL.RETINANET.CLIP_BEFORE_NMS": True,
+    "INPUT.RESIZE_ROUNDING": "down",
+    "INPUT.RESIZE_BY": "pillow",
+    "DATALOADER.EMPTY_IMAGE_RATIO": 0.0,
+}
+
+
+def is_upstreams(values: dict[str, Any]) -> bool:
+    """Whether a file of flat `values`, without `_BASE_`, is upstream's: each of its yamls names
+    MODEL.META_ARCHITECTURE, which ours need not, and none a convention."""
+    return "MODEL.META_ARCHITECTURE" in values and not values.keys() & set(CONVENTIONS)
 
 
 def describe_conventions(cfg: CfgNode) -> str:
@@ -75,6 +108,8 @@ def translate(values: dict[str, Any], source: str) -> dict[str, Any]:
             logger.warning("%s: %s has no effect: %s", source, key, WITHOUT_EFFECT[key])
         elif key in ("MODEL.RESNETS.TRANS_FUNC", "MODEL.RESNETS.STEM_FUNC"):
             result["MODEL.RESNETS.NORM"] = _norm(key, value, source)
+        elif key == "INPUT.MIN_SIZE_TRAIN" and isinstance(value, int):
+            result[key] = (value,)  # before it could be several
         else:
             result[RENAMED.get(key, key)] = value
     return result

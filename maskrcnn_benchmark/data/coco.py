@@ -42,7 +42,7 @@ PROBLEMS = {
 }
 LISTS = ("images", "annotations", "categories")
 GROUPS_AT_ONCE = 1 << 16
-_IMAGE_KEYS = ("id", "file_name", "height", "width")
+IMAGE_KEYS = ("id", "file_name", "height", "width")
 _STANDARD_KEYS = {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
 
 
@@ -120,13 +120,13 @@ class CocoDataset:
         self.training, self.masks = training, masks
         self._in_coco_file = content is None
         images, categories = [], []
-        packer = _Packer(self.annotation_file, masks, keypoints)
+        packer = Packer(self.annotation_file, masks, keypoints)
         take = {
-            "images": lambda image: images.append({key: image.get(key) for key in _IMAGE_KEYS}),
+            "images": lambda image: images.append({key: image.get(key) for key in IMAGE_KEYS}),
             "categories": categories.append,
             "annotations": packer.add,
         }
-        for key, entry in _entries(content, self.annotation_file):
+        for key, _, entry in entries(content, self.annotation_file):
             take[key](entry)
         names = _read_categories(categories, self.annotation_file)
         self.category_ids = sorted(names)
@@ -138,7 +138,7 @@ class CocoDataset:
         self._objects, image_of = packer.finish(self.image_ids, self.sizes, self.category_ids, self.skeleton)
         self._offsets = np.searchsorted(image_of, np.arange(len(self) + 1))
         self.counts = np.bincount(image_of[~self._objects.crowds.numpy().astype(bool)], minlength=len(self))
-        self.warnings = dict(packer.warnings)
+        self.warnings = {kind: [packer.ids[row] for row in rows] for kind, rows in packer.problems.items()}
         self._log_warnings()
         if training and not self.counts.any():
             raise DataError(f"{self.annotation_file}: none of its {packer.seen} annotations can be trained on")
@@ -211,11 +211,8 @@ class CocoDataset:
         if not images:
             raise DataError(f"{where}: the data set is empty: its list of images has no entry")
         for number, image in enumerate(images):
-            size = (image.get("height"), image.get("width"))
-            if type(image.get("id")) is not int or type(image.get("file_name")) is not str:
-                raise DataError(f"{where}: images[{number}] needs an id (a whole number) and a file_name (a text)")
-            if not all(type(side) is int and side > 0 for side in size):
-                raise DataError(f"{where}: image id {image['id']}: height and width must be whole numbers, not {size}")
+            if problem := entry_problem("images", number, image) or size_problem(image):
+                raise DataError(f"{where}: {problem}")
         self.image_ids = [image["id"] for image in images]
         self.file_names = [image["file_name"] for image in images]
         self.sizes = np.array([(image["height"], image["width"]) for image in images], np.int64)
@@ -226,20 +223,25 @@ class CocoDataset:
         for kind, ids in self.warnings.items():
             first = ", ".join(map(str, ids[:3])) + (", ..." if len(ids) > 3 else "")
             logger.warning("%s: %d annotations %s (ids %s)", self.annotation_file, len(ids), PROBLEMS[kind], first)
+        used = set(self._objects.labels[self._objects.crowds == 0].unique().tolist())
+        unused = [name for label, name in enumerate(self.category_names, start=1) if label not in used]
+        if self.training and unused:
+            names = _short_list(unused)
+            logger.warning("%s: no object to train on of %d categories: %s", self.annotation_file, len(unused), names)
 
 
-class _Packer:
-    """Appends annotations to flat arrays; what cannot be used is noted in `warnings` instead. It knows nothing of
-    images and categories until `finish`: a COCO file lists its categories last.
+class Packer:
+    """Appends annotations to flat arrays, a row each; what cannot be used is noted in `problems`, and dropped by
+    `finish`. It knows nothing of images and categories until then: a COCO file lists its categories last.
 
-    columns: one number or more an annotation. ragged: values and, an annotation or polygon each, where they end.
+    columns: one number or more a row. ragged: values and, a row or polygon each, where they end.
+    problems: kind (a key of PROBLEMS) -> rows.
     """
 
     def __init__(self, file: str, masks: bool, keypoints: bool) -> None:
         self.file, self.masks, self.wants_keypoints = file, masks, keypoints
-        self.warnings: dict[str, list[int]] = defaultdict(list)
+        self.problems: dict[str, list[int]] = defaultdict(list)
         self.seen = 0
-        self.all_ids = array("q")
         whole, real, byte = "q", "d", "B"
         self.ids, self.images, self.categories = array(whole), array(whole), array(whole)
         self.bounds, self.areas, self.crowds = array(real), array(real), array(byte)
@@ -249,33 +251,41 @@ class _Packer:
         self.extras, self.extras_ends = array(byte), array(whole, [0])
 
     def add(self, annotation: dict) -> None:
-        """Raises DataError: ids that are none, values of wrong types."""
+        """Raises DataError: ids that are none, which make no row; values of wrong types, whose row is unusable."""
+        self.seen += 1
         for key in ("id", "image_id", "category_id"):
             value = annotation.get(key)
             if type(value) is not int or abs(value) >= 2**63:
                 raise DataError(
-                    f"{self.file}: annotations[{self.seen}] needs {key}, a whole number of 64 bits, not {value!r}"
+                    f"{self.file}: annotations[{self.seen - 1}] needs {key}, a whole number of 64 bits, not {value!r}"
                 )
-        self.seen += 1
-        self.all_ids.append(annotation["id"])
         try:
             polygons, rle = self._segmentation(annotation)
             x, y, w, h = self._bbox(annotation, polygons, rle)
             area = math.nan if annotation.get("area") is None else float(annotation["area"])
             self._take_keypoints(annotation)
-            self.bounds.extend((x, y, x + w, y + h))
         except _Unusable as problem:
-            self.warnings[str(problem)].append(annotation["id"])
-            polygons, rle, area = [], None, math.nan
-            self.bounds.extend((math.nan,) * 4)  # dropped by finish, which checks whose it is
+            self._note(str(problem))
+            self._append_unusable(annotation)
         except (TypeError, ValueError, KeyError) as error:
+            self._append_unusable(annotation)
             raise DataError(
                 f"{self.file}: annotation id {annotation['id']}: bbox must be [x, y, width, height], and segmentation"
                 f" polygons [[x, y, x, y, ...], ...] or an RLE {{size, counts}}, area a number, and keypoints"
                 f" [x, y, v, x, y, v, ...]:"
                 f" {type(error).__name__} {error}"
             ) from error
-        self._append(annotation, polygons if self.masks else [], rle if self.masks else None, area)
+        else:
+            self.bounds.extend((x, y, x + w, y + h))
+            self._append(annotation, polygons if self.masks else [], rle if self.masks else None, area)
+
+    def _note(self, kind: str) -> None:
+        """A problem of the row that comes next."""
+        self.problems[kind].append(len(self.ids))
+
+    def _append_unusable(self, annotation: dict) -> None:
+        self.bounds.extend((math.nan,) * 4)  # dropped by finish, which checks whose it is
+        self._append(annotation, [], None, math.nan)
 
     def _append(self, annotation: dict, polygons: list[list[float]], rle: dict | None, area: float) -> None:
         self.ids.append(annotation["id"])
@@ -308,7 +318,7 @@ class _Packer:
             raise _Unusable("not_finite")
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
         if len(polygons) < len(segmentation):
-            self.warnings["bad_polygon"].append(annotation["id"])
+            self._note("bad_polygon")
         if self.masks and not polygons:
             raise _Unusable("no_mask")
         return polygons, None
@@ -317,7 +327,7 @@ class _Packer:
         """x, y, width, height, as the annotation says or around its segmentation."""
         bbox = annotation.get("bbox")
         if bbox is None:
-            self.warnings["missing_bbox"].append(annotation["id"])
+            self._note("missing_bbox")
             bbox = _bounds(polygons, rle)
         x, y, w, h = bbox
         if not math.isfinite(x + y + w + h):
@@ -341,11 +351,10 @@ class _Packer:
 
         Raises DataError: an image or category that is not there, another number of keypoints than the skeleton's.
         """
-        ids, crowds = np.array(self.ids, np.int64), np.array(self.crowds, np.uint8)
+        ids, crowds, boxes = np.array(self.ids, np.int64), np.array(self.crowds, np.uint8), self.boxes()
         image_of = self._lookup(self.images, np.array(image_ids, np.int64), "image")
         labels = 1 + self._lookup(self.categories, np.array(category_ids, np.int64), "category")
-        boxes = np.array(self.bounds, np.float64).reshape(-1, 4)
-        keep = self._usable(ids, boxes, sizes[image_of])
+        keep = self.usable(sizes[image_of])
         order = np.flatnonzero(keep)
         order = order[np.lexsort((crowds[order], image_of[order]))]
         limits = sizes[image_of[order]][:, [1, 0, 1, 0]]
@@ -372,9 +381,9 @@ class _Packer:
 
     def _lookup(self, wanted: array, known: np.ndarray, kind: str) -> np.ndarray:
         """Where in `known` each of the wanted ids is."""
-        wanted, order = np.array(wanted, np.int64), np.argsort(known)
-        places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
-        missing = np.flatnonzero(known[places] != wanted)
+        wanted = np.array(wanted, np.int64)
+        places = places_of(wanted, known)
+        missing = np.flatnonzero(places < 0)
         if len(missing):
             verb, where = ("belongs to", "images") if kind == "image" else ("has", "categories")
             raise DataError(
@@ -383,8 +392,16 @@ class _Packer:
             )
         return places
 
-    def _usable(self, ids: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Which annotations stay, [A] bool; notes what is wrong with the others, and whose box is clipped."""
+    def boxes(self) -> np.ndarray:
+        """[A, 4] float64 xyxy as the file has them, NaN of unusable annotations."""
+        return np.array(self.bounds, np.float64).reshape(-1, 4)
+
+    def usable(self, sizes: np.ndarray) -> np.ndarray:
+        """Which rows stay, [A] bool; notes what is wrong with the others, and whose box is clipped. To be called once.
+
+        sizes: [A, 2] (height, width) of each row's image.
+        """
+        ids, boxes = np.array(self.ids, np.int64), self.boxes()
         sane = ~np.isnan(boxes[:, 0])
         rle_sizes = np.array(self.rle_sizes, np.int64).reshape(-1, 2)
         other_size = sane & rle_sizes.any(axis=1) & (rle_sizes != sizes).any(axis=1)
@@ -393,17 +410,17 @@ class _Packer:
         outside = sane & ~other_size & (clipped[:, :2] >= clipped[:, 2:]).any(axis=1)
         keep = sane & ~other_size & ~outside
         beyond = keep & (np.concatenate([boxes[:, :2], limits - boxes[:, 2:]], axis=1) < -1).any(axis=1)
-        every = np.array(self.all_ids, np.int64)
-        order = np.argsort(every, kind="stable")
-        repeated = np.sort(order[1:][np.diff(every[order]) == 0])
+        order = np.argsort(ids, kind="stable")
+        repeated = np.zeros(len(ids), bool)
+        repeated[order[1:][np.diff(ids[order]) == 0]] = True
         for kind, found in (
-            ("duplicate_id", every[repeated]),
-            ("bad_rle", ids[other_size]),
-            ("outside", ids[outside]),
-            ("clipped", ids[beyond]),
+            ("duplicate_id", repeated),
+            ("bad_rle", other_size),
+            ("outside", outside),
+            ("clipped", beyond),
         ):
-            if len(found):
-                self.warnings[kind] += found.tolist()
+            if found.any():
+                self.problems[kind] += np.flatnonzero(found).tolist()
         return keep
 
     def _dense_keypoints(self, order: np.ndarray, count: int) -> np.ndarray:
@@ -428,6 +445,15 @@ class _Packer:
         polygons, instance_offsets = take_ragged(np.arange(len(ends) - 1), self.instance_ends, order)
         points, polygon_offsets = take_ragged(np.asarray(self.points).view(np.complex64), ends, polygons)
         return points.view(np.float32), polygon_offsets, instance_offsets
+
+
+def places_of(wanted: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Where in `known` each of the wanted numbers is; -1 where it is not."""
+    if not len(known):
+        return np.full(len(wanted), -1)
+    order = np.argsort(known)
+    places = order[np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)]
+    return np.where(known[places] == wanted, places, -1)
 
 
 def take_ragged(values: Any, ends: Any, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -491,24 +517,24 @@ def read(path: Path, images: str = "") -> Source:
 def read_coco(path: str) -> dict[str, Any]:
     """The lists images, annotations and categories of a COCO file, as Python objects."""
     content: dict[str, Any] = {key: [] for key in LISTS}
-    for key, entry in _entries(None, path):
+    for key, _, entry in entries(None, path):
         content[key].append(entry)
     return content
 
 
-def _entries(content: dict[str, Any] | None, path: str) -> Iterator[tuple[str, dict]]:
-    """(list, entry) of COCO's lists: in `content`, or else one after the other from the file.
+def entries(content: dict[str, Any] | None, path: str) -> Iterator[tuple[str, int, dict]]:
+    """(list, place, entry) of COCO's lists: in `content`, or else one after the other from the file.
 
     Raises DataError: not readable, or a list is missing or none, or has entries that are no objects.
     """
-    elements = read_elements(path) if content is None else _elements_of(content)
+    elements = read_elements(path) if content is None else elements_of(content)
     seen = set()
     for key, place, entry in elements:
         if key not in LISTS:
             continue
         seen.add(key)
         if place is not None and isinstance(entry, dict):
-            yield key, entry
+            yield key, place, entry
         elif entry != []:
             seen.discard(key)
             break
@@ -517,7 +543,8 @@ def _entries(content: dict[str, Any] | None, path: str) -> Iterator[tuple[str, d
             raise DataError(f"{path} is not a COCO instances file: it needs a list of objects named {key!r}")
 
 
-def _elements_of(content: dict[str, Any]) -> Iterator[tuple[str, int | None, Any]]:
+def elements_of(content: dict[str, Any]) -> Iterator[tuple[str, int | None, Any]]:
+    """What json_stream.read_elements would give of a file with this content."""
     for key in LISTS:
         yield from ((key, place, entry) for place, entry in enumerate(content[key]))
         if not content[key]:
@@ -525,7 +552,16 @@ def _elements_of(content: dict[str, Any]) -> Iterator[tuple[str, int | None, Any
 
 
 def check_files(image_dir: str, file_names: list[str], annotation_file: str) -> None:
-    """Raises DataError when files are missing. Lists each directory once: faster than asking for every file."""
+    """Raises DataError when files are missing."""
+    if missing := missing_files(image_dir, file_names):
+        raise DataError(
+            f"{len(missing)} of the {len(file_names)} images of {annotation_file} are not in {image_dir},"
+            f" the first is {missing[0]}"
+        )
+
+
+def missing_files(image_dir: str, file_names: list[str]) -> list[str]:
+    """Which of the files are not there. Lists each directory once: faster than asking for every file."""
     listed: dict[str, set[str]] = {}
     missing = []
     for file_name in file_names:
@@ -537,23 +573,35 @@ def check_files(image_dir: str, file_names: list[str], annotation_file: str) -> 
                 listed[directory] = set()
         if name not in listed[directory]:
             missing.append(file_name)
-    if missing:
-        raise DataError(
-            f"{len(missing)} of the {len(file_names)} images of {annotation_file} are not in {image_dir},"
-            f" the first is {missing[0]}"
-        )
+    return missing
 
 
 def _read_categories(categories: list[dict], file: str) -> dict[int, str]:
     """Category id -> name."""
     for number, category in enumerate(categories):
-        if type(category.get("id")) is not int or type(category.get("name")) is not str:
-            raise DataError(f"{file}: categories[{number}] needs an id (a whole number) and a name (a text)")
+        if problem := entry_problem("categories", number, category):
+            raise DataError(f"{file}: {problem}")
     if not categories:
         raise DataError(f"{file}: its list of categories is empty")
     if duplicate := _first_duplicate([category["id"] for category in categories]):
         raise DataError(f"{file}: category id {duplicate[0]} is given twice")
     return {category["id"]: category["name"] for category in categories}
+
+
+def entry_problem(key: str, number: int, entry: dict) -> str:
+    """Why an entry of the list of images or categories cannot be used; empty where it can."""
+    name = "file_name" if key == "images" else "name"
+    if type(entry.get("id")) is int and abs(entry["id"]) < 2**63 and type(entry.get(name)) is str:
+        return ""
+    return f"{key}[{number}] needs an id (a whole number) and a {name} (a text)"
+
+
+def size_problem(image: dict) -> str:
+    """What is wrong with the size that an image's entry states; empty where it can be."""
+    size = (image.get("height"), image.get("width"))
+    if all(type(side) is int and 0 < side < 2**31 for side in size):
+        return ""
+    return f"image id {image['id']}: height and width must be whole numbers, not {size}"
 
 
 def _first_duplicate(ids: list[int]) -> list[int]:

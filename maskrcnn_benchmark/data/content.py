@@ -32,7 +32,7 @@ class Source:
 
 def part_of(content: dict[str, Any], images: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The content with these of its images alone, and their annotations."""
-    ids = {image["id"] for image in images}
+    ids = {image.get("id") for image in images}
     annotations = [a for a in content["annotations"] if a.get("image_id") in ids]
     return content | {"images": list(images), "annotations": annotations}
 

@@ -21,9 +21,9 @@ _UPRIGHT = {
     2: lambda image: image[:, ::-1],
     3: lambda image: image[::-1, ::-1],
     4: lambda image: image[::-1],
-    5: lambda image: image.transpose(1, 0, 2),
+    5: lambda image: image.swapaxes(0, 1),
     6: lambda image: np.rot90(image, -1),
-    7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
     8: lambda image: np.rot90(image),
 }
 
@@ -47,10 +47,10 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None, image_id: 
             data = file.read()
     except OSError as error:
         raise DataError(f"{where} cannot be read: {error.strerror}") from error
-    image = _decode(data, where)
+    image = decode(data, where)
     if size == image.shape[:2]:
         return image
-    upright = np.ascontiguousarray(_UPRIGHT[_orientation(data)](image))
+    upright = turned(image, orientation_of(data))
     if size is None or size == upright.shape[:2]:
         return upright
     stored = f"{image.shape[0]} x {image.shape[1]}"
@@ -69,7 +69,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def _decode(data: bytes, where: str) -> np.ndarray:
+def decode(data: bytes, where: str) -> np.ndarray:
+    """The content of an image file as [H, W, 3] uint8 RGB, as stored. where: names it in messages. Raises DataError."""
     if any(data.startswith(start) and not data.endswith(end) for start, end in _ENDS.items()):
         # OpenCV 4 fills the missing part of a truncated file with gray and reports no error; PIL refuses it.
         try:
@@ -85,7 +86,12 @@ def _decode(data: bytes, where: str) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)  # in place: fresh memory costs more than the exchange
 
 
-def _orientation(data: bytes) -> int:
+def turned(image: np.ndarray, orientation: int) -> np.ndarray:
+    """A stored image upright. orientation: EXIF's, 1..8."""
+    return np.ascontiguousarray(_UPRIGHT[orientation](image))
+
+
+def orientation_of(data: bytes) -> int:
     """The EXIF orientation, 1..8; 1 where there is none or it is broken."""
     try:
         orientation = Image.open(io.BytesIO(data)).getexif().get(_EXIF_ORIENTATION, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import threading
 import warnings
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -32,6 +34,8 @@ from .transforms import Compose, Sample, build_transforms, offsets_of
 Job = tuple[int, int, list[int]]
 # Images, targets, and the shape [B, H, W, 3] of the pixels where they lie in the batch's slot instead
 Read = tuple[ImageBatch, Targets, tuple[int, ...] | None]
+# What workers pass batches through on Linux
+SHARED_MEMORY = Path("/dev/shm")
 # Batches that each worker prepares ahead; batches that may be on their way to the device meanwhile
 PREFETCH, IN_FLIGHT = 2, 3
 
@@ -278,6 +282,9 @@ def train_loader(
     )
     reader = _reader(cfg, dataset, device, training=True)
     slot = _largest_batch(cfg, dataset.sizes[images]) * 3 * sampler.batch_size
+    _check_shared_memory(
+        (PREFETCH * cfg.DATALOADER.NUM_WORKERS + IN_FLIGHT) * slot if cfg.DATALOADER.NUM_WORKERS else 0
+    )
     return TrainLoader(reader, sampler, images, cfg.DATALOADER.NUM_WORKERS, device, start_iteration, slot)
 
 
@@ -288,6 +295,7 @@ def test_loader(cfg: CfgNode, dataset: CocoDataset, device: Device, rank: int, w
     """
     sampler = InferenceSampler(len(dataset), max(1, cfg.TEST.IMS_PER_BATCH // world_size), rank, world_size)
     workers = min(cfg.DATALOADER.NUM_WORKERS, len(sampler))
+    _check_shared_memory(workers * _largest_test_batch(cfg, dataset.sizes, sampler) if workers else 0)
     return InferenceLoader(_reader(cfg, dataset, device, training=False), sampler, workers, device)
 
 
@@ -314,14 +322,41 @@ def _largest_batch(cfg: CfgNode, sizes: np.ndarray) -> int:
     if cfg.INPUT.TRANSFORMS:
         return 0
     short, longest = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
-    scale = np.minimum(short / sizes.min(axis=1), longest / sizes.max(axis=1))
-    resized = (sizes * scale[:, None] + 0.5).astype(np.int64).clip(1)
-    multiple = max(1, cfg.DATALOADER.SIZE_DIVISIBILITY)
-    padded = -(-resized // multiple) * multiple
+    padded = _padded(cfg, sizes, short, longest)
     portrait = sizes[:, 0] > sizes[:, 1]
     mixed = not cfg.DATALOADER.ASPECT_RATIO_GROUPING
     groups = [padded] if mixed else [padded[portrait], padded[~portrait]]
     return max(int(group.max(axis=0).prod()) for group in groups if len(group))
+
+
+def _largest_test_batch(cfg: CfgNode, sizes: np.ndarray, batches: Iterable[list[int]]) -> int:
+    """Bytes of the largest of these batches of image indices."""
+    if cfg.INPUT.FIXED_SHAPES:
+        pixels = max(height * width for height, width in cfg.INPUT.FIXED_SHAPES)
+        return 3 * pixels * max((len(batch) for batch in batches), default=0)
+    padded = _padded(cfg, sizes, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    return max((3 * len(batch) * int(padded[batch].max(axis=0).prod()) for batch in batches), default=0)
+
+
+def _padded(cfg: CfgNode, sizes: np.ndarray, short: int, longest: int) -> np.ndarray:
+    """[N, 2] height and width of images of these sizes when they are resized, each padded by itself."""
+    scale = np.minimum(short / sizes.min(axis=1), longest / sizes.max(axis=1))
+    resized = (sizes * scale[:, None] + 0.5).astype(np.int64).clip(1)
+    multiple = max(1, cfg.DATALOADER.SIZE_DIVISIBILITY)
+    return -(-resized // multiple) * multiple
+
+
+def _check_shared_memory(needed: int) -> None:
+    """Before the first worker starts: else a full /dev/shm is found out when a batch does not fit in, perhaps in the
+    second hour. Raises DataError when there are fewer than `needed` bytes."""
+    if not needed or not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise DataError(
+            f"data workers need {needed / 2**20:.0f} MB of shared memory, but {SHARED_MEMORY} has {free / 2**20:.0f} MB"
+            f" left: {_SHM_HINT}"
+        )
 
 
 def _images_to_train(counts: np.ndarray, empty_ratio: float, seed: int) -> np.ndarray:

@@ -132,7 +132,7 @@ class ResizeByShort(ResizeShortSide):
 class DropSmall:
     """Drops the objects whose box is not wider and higher than `side` pixels."""
 
-    def __init__(self, side: float) -> None:
+    def __init__(self, side: float = 1.0) -> None:
         self.side = number(f"{type(self).__name__} side", side, 0)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:

@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 from .. import ops
 from ..benchmark import environment
 from ..config import dump, parse_config, sha256
-from ..data.catalog import check_same_categories
+from ..data.catalog import check_same_categories, check_same_keypoints
 from ..data.coco import CocoDataset
 from ..data.loader import train_loader
 from ..device import Device
@@ -309,6 +309,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
     test = test_datasets(cfg)
     for test_set in test.values():
         check_same_categories(dataset, test_set)
+        check_same_keypoints(dataset, test_set)
     model = build_model(cfg, device)
     optimizer = make_optimizer(cfg, model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.DTYPE == "float16" and device.grad_scaler)

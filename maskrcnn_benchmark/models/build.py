@@ -18,7 +18,7 @@ from .box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, ConvFCFeatur
 from .cascade import CascadeBoxHead, CascadeMaskHead
 from .fpn import FPN, HRFPN, LastLevelMaxPool, LastLevelP6P7
 from .hrnet import HRNet
-from .keypoint_head import KeypointFeatureExtractor, KeypointHead, KeypointPredictor
+from .keypoint_head import KeypointHead, KeypointPredictor
 from .layers import DeformConv2d, FrozenBatchNorm2d, Norm, SyncBatchNorm2d, group_norm
 from .mask_head import ConvFeatureExtractor, MaskHead, MaskPredictor
 from .rcnn import RCNN, Normalize
@@ -293,7 +293,7 @@ def build_one_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact:
 
 def build_keypoint_head(cfg: CfgNode, channels: int, compact: bool) -> KeypointHead:
     heads, keypoint = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_KEYPOINT_HEAD
-    extractor = KeypointFeatureExtractor(channels, tuple(keypoint.CONV_LAYERS))
+    extractor = ConvFeatureExtractor(channels, tuple(keypoint.CONV_LAYERS), name="conv_fcn")
     return KeypointHead(
         pool=build_pool(cfg, keypoint, channels),
         feature_extractor=extractor,

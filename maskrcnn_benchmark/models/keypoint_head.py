@@ -10,26 +10,8 @@ from ..ops import boxes as box_ops
 from ..ops.heatmaps import find_peaks
 from ..structures import Detections, Targets, flatten_valid
 from .box_head import SampledRoIs, image_index_of, unflatten
-from .layers import conv, init_he, with_relu
+from .layers import init_he
 from .roi_pool import RoIPool
-
-
-class KeypointFeatureExtractor(nn.Module):
-    """3x3 convolutions over the pooled map, `conv_fcn1` and on."""
-
-    def __init__(self, in_channels: int, channels: tuple[int, ...]) -> None:
-        super().__init__()
-        self.blocks = []
-        for number, out_channels in enumerate(channels, start=1):
-            self.add_module(f"conv_fcn{number}", conv(in_channels, out_channels, 3, init=init_he))
-            self.blocks.append(f"conv_fcn{number}")
-            in_channels = out_channels
-        self.out_channels = in_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        for name in self.blocks:
-            x = with_relu(getattr(self, name), x)
-        return x
 
 
 class KeypointPredictor(nn.Module):

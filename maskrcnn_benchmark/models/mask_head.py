@@ -15,18 +15,20 @@ from .roi_pool import RoIPool
 
 
 class ConvFeatureExtractor(nn.Module):
-    """3x3 convolutions over the pooled map, `mask_fcn1` and on."""
+    """3x3 convolutions over the pooled map, of parameters named `mask_fcn1` (or another `name`) and on."""
 
     def __init__(
-        self, in_channels: int, channels: tuple[int, ...], norm: Norm | None = None, dilation: int = 1
+        self,
+        in_channels: int,
+        channels: tuple[int, ...],
+        norm: Norm | None = None,
+        dilation: int = 1,
+        name: str = "mask_fcn",
     ) -> None:
         super().__init__()
-        self.blocks = []
-        for number, out_channels in enumerate(channels, start=1):
-            self.add_module(
-                f"mask_fcn{number}", conv(in_channels, out_channels, 3, norm, init=init_he, dilation=dilation)
-            )
-            self.blocks.append(f"mask_fcn{number}")
+        self.blocks = [f"{name}{number}" for number in range(1, len(channels) + 1)]
+        for block, out_channels in zip(self.blocks, channels):
+            self.add_module(block, conv(in_channels, out_channels, 3, norm, init=init_he, dilation=dilation))
             in_channels = out_channels
         self.out_channels = in_channels
 

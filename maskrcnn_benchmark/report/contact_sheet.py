@@ -47,7 +47,7 @@ def pictures(dataset: Any, indices: Iterable[int], side: int) -> Iterator[Pictur
         sample, annotations = dataset.load(index), dataset.annotations(index)
         drawn = draw_results(sample.image, annotations, names)
         counts = Counter(names[a["category_id"]] + (" (crowd)" if a["iscrowd"] else "") for a in annotations)
-        yield Picture(_shrink(drawn, side), dataset.file_names[index], sample.image_id, counts)
+        yield Picture(shrink(drawn, side), dataset.file_names[index], sample.image_id, counts)
 
 
 def sheet(shown: Iterable[Picture], columns: int = 4) -> np.ndarray:
@@ -67,7 +67,7 @@ def page(title: str, shown: Iterable[Picture], dataset: Any) -> str:
         listed = ", ".join(f"{escape(name)} {count}" for name, count in sorted(picture.objects.items()))
         name = f"{escape(picture.title)} (id {picture.image_id})"
         figures.append(
-            f'<details><summary><figure><img alt="{name}" src="{_inline(picture.image)}">'
+            f'<details><summary><figure><img alt="{name}" src="{inline(picture.image)}">'
             f"<figcaption>{name}: {listed or 'no objects'}</figcaption></figure></summary></details>"
         )
     rows = "".join(
@@ -84,7 +84,8 @@ def page(title: str, shown: Iterable[Picture], dataset: Any) -> str:
     )
 
 
-def _shrink(image: np.ndarray, side: int) -> np.ndarray:
+def shrink(image: np.ndarray, side: int) -> np.ndarray:
+    """The image, or a smaller one whose longest side is `side` pixels."""
     height, width = image.shape[:2]
     scale = min(1.0, side / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -92,13 +93,14 @@ def _shrink(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def _cell(image: np.ndarray) -> np.ndarray:
-    image = _shrink(image, CELL)
+    image = shrink(image, CELL)
     cell = np.full((CELL + _GAP, CELL + _GAP, 3), 255, np.uint8)
     y, x = (CELL + _GAP - image.shape[0]) // 2, (CELL + _GAP - image.shape[1]) // 2
     cell[y : y + image.shape[0], x : x + image.shape[1]] = image
     return cell
 
 
-def _inline(image: np.ndarray) -> str:
+def inline(image: np.ndarray) -> str:
+    """A picture as the address of an <img>, content and all."""
     _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
