@@ -345,6 +345,22 @@ def test_res5_under_two_names_must_be_one(states):
         from_ours(state, "ours", "detectron2")
 
 
+def test_a_relu_after_fpns_layers_is_no_ones_else(states):
+    """It has no tensor, but puts the convolution into a sequence; exported, it would be lost without a word."""
+    name = "backbone.fpn.fpn_inner1.0.weight"
+    state = {name if n == "backbone.fpn.fpn_inner1.weight" else n: tensor for n, tensor in states["r50"].items()}
+    for layout in ("torchvision", "detectron2", "mmdet"):
+        with pytest.raises(CheckpointError, match=rf"no name in {layout} for 1 tensors: {re.escape(name)}"):
+            from_ours(state, "ours", layout)
+
+
+def test_two_tensors_for_one_place(states):
+    theirs = from_ours(states["r50"], "ours", "torchvision").state
+    theirs["rpn.head.conv.weight"] = theirs["rpn.head.conv.0.0.weight"]
+    with pytest.raises(CheckpointError, match=r"for both rpn\.head\.conv\.0\.0\.weight and rpn\.head\.conv\.weight"):
+        to_ours(theirs, "a file")
+
+
 def test_what_peers_save_besides_weights_is_dropped_and_named(states):
     written = from_ours(states["r50"], "ours", "torchvision").state
     extra = {"module.backbone.body.bn1.num_batches_tracked": torch.tensor(1)}

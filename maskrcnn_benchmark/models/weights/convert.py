@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -168,6 +169,7 @@ def _rename(state: State, rename: Callable[[str], str | None], problem: str) -> 
     if unknown := [name for name, new in names.items() if new is None]:
         more = ", ..." if len(unknown) > 5 else ""
         raise CheckpointError(f"{problem} for {len(unknown)} tensors: {', '.join(unknown[:5])}{more}")
-    if twins := [name for name, new in names.items() if list(names.values()).count(new) > 1]:
+    taken = Counter(names.values())
+    if twins := [name for name, new in names.items() if taken[new] > 1]:
         raise CheckpointError(f"{problem} for both {twins[0]} and {twins[1]}")
     return {new: state[name] for name, new in names.items()}

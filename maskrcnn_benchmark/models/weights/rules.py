@@ -37,6 +37,9 @@ _BLOCK = re.compile(r"(?:layer(\d)\.(\d+)\.|res(\d)_(\d+)_branch)")
 
 
 def facts_of(names: Collection[str]) -> Facts:
+    """What conditions and fields of a table may name: 0 or 1 for a sign, `first`, `step`, and `last2` .. `last5`, the
+    number of the last block of res2 .. res5."""
+
     def has(pattern: str) -> bool:
         return any(re.search(pattern, name) for name in names)
 
