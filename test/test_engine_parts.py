@@ -249,7 +249,7 @@ def test_detectron_backbone_from_the_cache(tmp_path, monkeypatch, body):
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"blobs": blobs}, protocol=2))
     with pytest.raises(CheckpointError, match="ALLOW_PICKLE"):
         weights.load_weights(model, cfg.MODEL.WEIGHT)
-    assert weights.load_weights(model, cfg.MODEL.WEIGHT, allow_pickle=True) == "detectron backbone"
+    assert weights.load_weights(model, cfg.MODEL.WEIGHT, allow_pickle=True) == "detectron"
     loaded = model.state_dict()
     np.testing.assert_array_equal(loaded["backbone.body.stem.conv1.weight"], blobs["conv1_w"])
     np.testing.assert_array_equal(loaded["backbone.body.layer2.1.bn3.bias"], blobs["res3_1_branch2c_bn_b"])
@@ -265,5 +265,5 @@ def test_torchvision_backbone(tmp_path):
     state |= {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
     state["bn1.num_batches_tracked"] = torch.tensor(5)
     torch.save(state, tmp_path / "resnet50.pth")
-    assert weights.load_weights(model, str(tmp_path / "resnet50.pth")) == "torchvision backbone"
+    assert weights.load_weights(model, str(tmp_path / "resnet50.pth")) == "backbone"
     torch.testing.assert_close(model.backbone.body.state_dict(), body)

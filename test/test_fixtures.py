@@ -1,6 +1,6 @@
 """The model against the peers: features, RPN, heads, proposals, detections and losses that they computed themselves.
 
-This is the proof that the model is right: the same formula weights, imported through models/weights.py, and the same
+This is the proof that the model is right: the same formula weights, imported through models/weights, and the same
 input must give torchvision's and detectron2's numbers under their conventions (configs/conventions/*.yaml).
 """
 

@@ -1,5 +1,6 @@
 """RetinaNet and Keypoint R-CNN against torchvision's own, with the same random weights: features, heads, detections and
-losses. Where torchvision is not installed these are skipped; test_fixtures.py has numbers computed before."""
+losses; and all four detectors with weights that went from ours to torchvision's. Where torchvision is not installed
+these are skipped; test_fixtures.py has numbers computed before."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from maskrcnn_benchmark.config import get_config, merge
 from maskrcnn_benchmark.config.checks import check
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.models.build import build_model
-from maskrcnn_benchmark.models.weights import load_weights
+from maskrcnn_benchmark.models.weights import from_ours, load_weights
 from maskrcnn_benchmark.ops import boxes as box_ops
 from maskrcnn_benchmark.ops.heatmaps import find_peaks
 from maskrcnn_benchmark.structures import ImageBatch, Targets
@@ -188,3 +189,32 @@ def test_keypoint_rcnn_losses(keypoint_rcnn):
     assert len(ours) == len(theirs) == 5
     for name, loss in ours.items():
         assert float(loss) == pytest.approx(float(theirs[renamed.get(name, name)]), rel=1e-3), name
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn", "maskrcnn", "keypoint_rcnn", "retinanet"])
+def test_our_weights_in_torchvisions_models(request, tmp_path, name):
+    """Every tensor finds its place in a fresh model, and that finds what ours finds."""
+    options = {"weights": None, "weights_backbone": None, "min_size": SIZE[0], "max_size": SIZE[1]}
+    if name in ("keypoint_rcnn", "retinanet"):
+        pair = request.getfixturevalue(name)
+        make = {"keypoint_rcnn": detection.keypointrcnn_resnet50_fpn, "retinanet": detection.retinanet_resnet50_fpn}
+        make, classes = make[name], 2 if name == "keypoint_rcnn" else 91
+    else:
+        make, classes = getattr(detection, f"{name}_resnet50_fpn"), 91
+        theirs = make(num_classes=classes, **options)
+        randomize(theirs, {"rpn.head.cls_logits": 0.05, "rpn.head.bbox_pred": 0.02, "cls_score": 0.1})
+        pair = Pair(theirs, {"MODEL": {"MASK_ON": name == "maskrcnn"}}, tmp_path)
+    torch.manual_seed(7)
+    fresh = make(num_classes=classes, **options)
+    fresh.load_state_dict(from_ours(pair.ours.state_dict(), "ours", "torchvision").state, strict=True)
+    before = pair.theirs
+    pair.theirs = fresh.eval()
+    pair.detections(least=10)
+    if name == "maskrcnn":
+        boxes, label = torch.tensor([[20.0, 30, 120, 150], [3.3, 4.4, 33.7, 21.2]]), torch.tensor([3, 90])
+        named = dict(zip(["0", "1", "2", "3", "pool"], pair.their_features))
+        with torch.no_grad():
+            pooled = fresh.roi_heads.mask_roi_pool(named, [boxes[:0], boxes], [SIZE, SIZE])
+            theirs = fresh.roi_heads.mask_predictor(fresh.roi_heads.mask_head(pooled))[torch.arange(2), label]
+            close(pair.ours.roi_heads["mask"](pair.features, boxes, torch.ones(2, dtype=torch.long), label), theirs)
+    pair.theirs = before

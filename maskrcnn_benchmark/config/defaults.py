@@ -24,9 +24,11 @@ _C.MODEL = CN()
 _C.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
 # auto, cpu, cuda, cuda:1, npu, mps, xpu or a plug-in's name; only auto may land on the CPU
 _C.MODEL.DEVICE = "auto"
-# Weights to start from: a file of ours or of a peer, or catalog://ImageNetPretrained/MSRA/R-50; empty: from scratch
+# Weights to start from: a file of ours or of a peer (docs/weights.md), or catalog://ImageNetPretrained/MSRA/R-50;
+# empty: from scratch
 _C.MODEL.WEIGHT = ""
-# (+) Read a .pkl weights file (Detectron's, detectron2's): arrays alone, through an unpickler that knows nothing else
+# (+) Read a .pkl or .pdparams weights file (Detectron's, detectron2's, PaddleDetection's): arrays alone, through an
+# unpickler that knows nothing else
 _C.MODEL.ALLOW_PICKLE = False
 # Predict instance masks (Mask R-CNN) or boxes alone (Faster R-CNN)
 _C.MODEL.MASK_ON = False

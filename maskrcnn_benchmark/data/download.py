@@ -121,19 +121,28 @@ def _get(archive: Archive, directory: Path, expected: str | None, mirror: str, k
     if not file.exists():
         address = f"{mirror.rstrip('/')}/{archive.name}" if mirror else archive.address
         fetch(address, file)
-    found = sha256_of(file)
-    if expected is None:
-        logger.warning("%s is NOT VERIFIED: its SHA-256 is %s, and nothing is known to compare it with", file, found)
-    elif found != expected.lower():
-        file.unlink()
-        raise DataError(
-            f"{archive.name} has SHA-256 {found}, but must have {expected}: it is damaged or another file, and was"
-            " deleted; download again"
-        )
+    found = verify(file, expected)
     unpack(file, directory)
     done.write_text(f"{found}\n", encoding="ascii")
     if not keep:
         file.unlink()
+
+
+def verify(file: Path, expected: str | None) -> str:
+    """The file's SHA-256, which begins with `expected` or is `expected`; None: nothing is known. Deletes another file.
+
+    Raises DataError: another hash.
+    """
+    found = sha256_of(file)
+    if expected is None:
+        logger.warning("%s is NOT VERIFIED: its SHA-256 is %s, and nothing is known to compare it with", file, found)
+    elif not found.startswith(expected.lower()):
+        file.unlink()
+        raise DataError(
+            f"{file.name} has SHA-256 {found}, but must have {expected}: it is damaged or another file, and was"
+            " deleted; download again"
+        )
+    return found
 
 
 def fetch(address: str, file: Path) -> None:
