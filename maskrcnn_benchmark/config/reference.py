@@ -15,9 +15,9 @@ HEAD = """# Configuration
 
 <!-- written by python -m maskrcnn_benchmark.config.reference: edit maskrcnn_benchmark/config/defaults.py -->
 
-Any key can stand in a yaml file or on the command line, as `KEY VALUE`. `_BASE_` in a file names others to be read before
-it; on the command line `_BASE_ FILE` does. Names and defaults are maskrcnn-benchmark's; (+) marks keys that it does not
-have. Keys and values are checked before anything starts; `OUTPUT_DIR/config.yaml` is what a run resolved them to.
+Any key can stand in a yaml file or on the command line, as `KEY VALUE`. `_BASE_` in a file names others to be read
+before it; on the command line `_BASE_ FILE` does. Names and defaults are maskrcnn-benchmark's; (+) marks keys that it
+does not have. Keys and values are checked before anything starts; `OUTPUT_DIR/config.yaml` is what they came to.
 """
 TABLE = "\n| key | default | meaning |\n|---|---|---|\n"
 
