@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from maskrcnn_benchmark.config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -63,3 +68,67 @@ def test_the_examples_of_extending_run(shell, heading):
     for command in commands:
         done = shell(command)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_torchrun_line_trains_on_two_nodes(shell, shapes, free_port):
+    """The page's very line, but for: 2 nodes of 1 rank on this machine, a small model and its data, 2 steps."""
+    code = blocks(DOCS / "multinode.md", "bash", "torchrun")[0].strip()
+    changes = {
+        "torchrun": "python -m torch.distributed.run",
+        "--nproc-per-node 8": "--nproc-per-node 1",
+        "29500": str(free_port),
+        " tools/": f" {ROOT}/tools/",
+        "configs/e2e_mask_rcnn_R_50_FPN_1x.yaml": "configs/quickstart.yaml --skip-test",
+        "/data/coco": str(shapes),
+        "/shared/run": "run",
+        "IMS_PER_BATCH 16": "IMS_PER_BATCH 2",
+        "IMS_PER_BATCH 32": "IMS_PER_BATCH 2 SOLVER.MAX_ITER 2 LOGGING.TENSORBOARD False MODEL.DEVICE cpu",
+    }
+    for old, new in changes.items():
+        assert code.count(old) == 1, old
+        code = code.replace(old, new)
+    done = shell(f"export HEAD_NODE=127.0.0.1; NODE_RANK=1; {code} & NODE_RANK=0; {code}; wait $!")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 images a step, 2 steps" in (shell.directory / "run" / "log.txt").read_text()
+    assert (shell.directory / "run" / "model_final.pth").exists()
+
+
+SLURM = {
+    "scontrol": '[ "$*" = "show hostnames node[1-2]" ] && printf "node1\nnode2\n"',
+    "srun": 'shift; export SLURM_NODEID=1 SLURM_NNODES=2; exec "$@"',
+}
+
+
+@pytest.mark.parametrize("kind", ["Slurm", "Kubernetes"])
+def test_the_job_files_start_torchrun_on_every_node(shell, kind):
+    """What the second node's torchrun gets, where Slurm's programs and the operator's variables are doubles."""
+    for name, code in {**SLURM, "torchrun": 'printf "%s\n" "$@"'}.items():
+        (shell.directory / name).write_text(f"#!/bin/bash\n{code}\n")
+        (shell.directory / name).chmod(0o755)
+    variables = "export PATH=$PWD:$PATH SLURM_JOB_NODELIST='node[1-2]'"
+    if kind == "Slurm":
+        code = blocks(DOCS / "multinode.md", "bash", kind)[0]
+        tool = ["tools/train_net.py"]
+    else:
+        job = yaml.safe_load(blocks(DOCS / "multinode.md", "yaml", kind)[0])["spec"]["pytorchReplicaSpecs"]
+        assert job["Master"] == job["Worker"]
+        pod = job["Worker"]["template"]["spec"]
+        (container,) = pod["containers"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        code = shlex.join([*container["command"], *container["args"]])
+        tool = ["-m", "maskrcnn_benchmark", "train"]
+        variables += " WORLD_SIZE=2 RANK=1 MASTER_ADDR=node1 MASTER_PORT=29500"
+    arguments = shell(f"{variables}\n{code}").stdout.split()
+    start = arguments.index(tool[0])
+    wanted = "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr node1 --master-port 29500"
+    assert arguments[:start] == wanted.split() and arguments[start : start + len(tool)] == tool
+    option, file, resume, *overrides = arguments[start + len(tool) :]
+    assert (option, resume) == ("--config-file", "--resume")
+    assert get_config(file, overrides).SOLVER.IMS_PER_BATCH == 32
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
