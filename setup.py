@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError, CCompilerError
 
 ROOT = Path(__file__).resolve().parent
@@ -106,9 +107,21 @@ def extensions() -> list:
     return [kind("maskrcnn_benchmark._C", files, depends=headers, extra_compile_args=flags, extra_link_args=link_flags)]
 
 
-def build_command() -> dict:
+class BuildPython(build_py):
+    """An installed package carries tools/ and configs/ along, for the command maskrcnn-benchmark (places.py)."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for name in ("tools", "configs"):
+                target = Path(self.build_lib) / "maskrcnn_benchmark" / "share" / name
+                shutil.rmtree(target, ignore_errors=True)  # an earlier build's files must not pass for this one's
+                shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def build_commands() -> dict:
     if torch is None:
-        return {}
+        return {"build_py": BuildPython}
 
     class BuildKernels(cpp_extension.BuildExtension):
         def run(self) -> None:
@@ -121,7 +134,7 @@ def build_command() -> dict:
                     Path(self.get_ext_fullpath(self.extensions[0].name)).unlink(missing_ok=True)
                 self.extensions = []  # or installing would look for the file
 
-    return {"build_ext": BuildKernels}
+    return {"build_py": BuildPython, "build_ext": BuildKernels}
 
 
 setup(
@@ -144,5 +157,6 @@ setup(
     ],
     extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff"], "compare": ["torchvision"]},
     ext_modules=extensions(),
-    cmdclass=build_command(),
+    cmdclass=build_commands(),
+    entry_points={"console_scripts": ["maskrcnn-benchmark = maskrcnn_benchmark.__main__:main"]},
 )

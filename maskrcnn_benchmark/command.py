@@ -31,7 +31,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         raise SystemExit(main())
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
+        where = "" if rank == "0" else f" on rank {rank}"
+        sys.stderr.write(f"error{where}: {error}{f' [{error.help}]' if error.help else ''}\n")
         _write_to_log_files(str(error))
         raise SystemExit(error.exit_code) from None
     except OSError as error:

@@ -5,31 +5,42 @@ class UserError(Exception):
     """What was wrong, where (file, key, image id) and what to do, in one line."""
 
     exit_code = 2
+    help = ""  # the section about such errors, which the tools name behind the message
 
 
 class ConfigError(UserError):
     """A yaml file, a key or a value that cannot be used."""
 
+    help = "docs/troubleshooting.md#configuration"
+
 
 class DataError(UserError):
     """A data set, an annotation or an image that cannot be used."""
+
+    help = "docs/troubleshooting.md#data"
 
 
 class CheckpointError(UserError):
     """A weights file that is missing, damaged, or belongs to another model."""
 
+    help = "docs/troubleshooting.md#weights"
+
 
 class DeviceError(UserError):
     """A device or a kernel that was asked for and is not there."""
+
+    help = "docs/troubleshooting.md#devices-and-kernels"
 
 
 class NonFiniteLossError(UserError):
     """A loss became NaN or infinite; the message names the losses and the images."""
 
+    help = "docs/troubleshooting.md#training"
     exit_code = 1
 
 
 class ResultError(UserError):
     """The measured accuracy missed TEST.EXPECTED_RESULTS."""
 
+    help = "docs/troubleshooting.md#results"
     exit_code = 1

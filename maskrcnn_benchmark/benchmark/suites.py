@@ -30,9 +30,9 @@ from typing import Any
 import yaml
 
 from ..errors import UserError
+from ..places import ROOT, find_recipe
 from . import results
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("ops", "train", "infer", "data", "eval")
 DEVICE_KINDS = ("ops", "train", "infer", "data")
 STATISTICS = Path("/proc/stat")
@@ -92,7 +92,7 @@ def read(path: Path) -> Suite:
         UserError: missing, no yaml, or not a suite; says where.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(find_recipe(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read suite {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

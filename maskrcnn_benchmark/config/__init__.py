@@ -15,6 +15,7 @@ import yaml
 from yacs.config import CfgNode
 
 from ..errors import ConfigError
+from ..places import find_recipe
 from .checks import check
 from .defaults import get_defaults
 from .legacy import UPSTREAM, is_upstreams, translate
@@ -27,9 +28,9 @@ def get_config(file: str | Path | None = None, overrides: Sequence[str] = ()) ->
     """The resolved configuration.
 
     Args:
-        file: a yaml file; its `_BASE_` (a path or a list of paths, relative to the file) is merged first. A file of
-            upstream maskrcnn-benchmark's, without `_BASE_`, brings upstream's conventions with it (config/legacy.py);
-            `_BASE_: []` keeps ours.
+        file: a yaml file, or the name of one of configs/, such as quickstart.yaml. Its `_BASE_` (a path or a list of
+            paths, relative to the file) is merged first. A file of upstream maskrcnn-benchmark's, without `_BASE_`,
+            brings upstream's conventions with it (config/legacy.py); `_BASE_: []` keeps ours.
         overrides: `KEY VALUE KEY VALUE ...`, as on the command line; `_BASE_ FILE` merges a file before the others.
 
     Raises:
@@ -37,7 +38,7 @@ def get_config(file: str | Path | None = None, overrides: Sequence[str] = ()) ->
     """
     cfg = get_defaults()
     if file is not None:
-        for source, values in _read(Path(file)):
+        for source, values in _read(find_recipe(file)):
             merge(cfg, values, str(source))
     return _finish(cfg, overrides)
 
@@ -60,7 +61,7 @@ def _finish(cfg: CfgNode, overrides: Sequence[str]) -> CfgNode:
         raise ConfigError(f"overrides come in pairs KEY VALUE, but {overrides[-1]!r} stands alone")
     pairs = dict(zip(overrides[::2], overrides[1::2]))
     if BASE_KEY in pairs:
-        for source, values in _read(Path(pairs.pop(BASE_KEY))):
+        for source, values in _read(find_recipe(pairs.pop(BASE_KEY))):
             merge(cfg, values, str(source))
     for key, value in translate(pairs, "command line").items():
         _set(cfg, key, value, "command line")
