@@ -13,6 +13,10 @@ from .page import document, table
 # Classes that a picture of a confusion matrix shows; more would be unreadable
 _MOST_CLASSES = 30
 TASKS = {"bbox": "Boxes", "segm": "Masks", "keypoints": "Keypoints"}
+_CONFUSION = (
+    '<p class="soft">Rows: what the object is; columns: what it was taken for, at a score and an IoU of .5 at least. '
+    "Numbers count objects; the stronger the colour, the greater their share of the row.</p>"
+)
 STYLE = """
 svg.confusion{width:auto;margin:0;overflow:visible}.confusion text{fill:var(--ink)}.confusion .count{font-size:9px}
 .confusion .strong{fill:var(--page)}.share{fill:var(--new);stroke:var(--line)}
@@ -35,11 +39,8 @@ def sections(details: dict[str, Any]) -> str:
                 f"<details><summary>All figures of the classes</summary>{_class_table(classes)}</details></section>"
             )
     if "confusion" in details:
-        parts.append(
-            '<section><h3>What is taken for what</h3><p class="soft">Rows: what the object is; columns: what it was '
-            "taken for, at a score and an IoU of .5 at least. Numbers count objects; the darker, the greater their "
-            f'share of the row.</p><div class="wide">{confusion_svg(**details["confusion"])}</div></section>'
-        )
+        picture = confusion_svg(**details["confusion"])
+        parts.append(f'<section><h3>What is taken for what</h3>{_CONFUSION}<div class="wide">{picture}</div></section>')
     return "".join(parts)
 
 

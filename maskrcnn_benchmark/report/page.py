@@ -39,6 +39,7 @@ background:var(--color)}.step{stroke:var(--bad);stroke-dasharray:4 3}
 .bars{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr max-content;gap:3px 10px;align-items:center}
 .bars b{font-weight:400;overflow-wrap:anywhere}.bars span{text-align:right;font-variant-numeric:tabular-nums}
 .bars i{display:block;height:12px;min-width:1px;background:var(--new);opacity:.75;border-radius:2px}
+@media(max-width:640px){.bars{font-size:.87rem;grid-template-columns:minmax(4rem,max-content) 1fr max-content}}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:0 28px}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr));gap:12px;margin-top:8px}
 .pictures img{max-width:100%;display:block;border-radius:4px}.pictures figure{margin:0}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,9 @@ _STYLE = (
 .facts b{display:block;font-size:1.25rem;font-variant-numeric:tabular-nums}
 .facts span{color:var(--soft);font-size:.87rem}
 .pictures.pairs{grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
+.pictures.pairs img{width:100%}
 .pictures summary{list-style:none;cursor:zoom-in}.pictures summary::-webkit-details-marker{display:none}
-.pictures details[open]{grid-column:1/-1;overflow-x:auto}.pictures details[open] img{max-width:none}
+.pictures details[open]{grid-column:1/-1;overflow-x:auto}.pictures details[open] img{max-width:none;width:auto}
 pre{overflow-x:auto;font-size:.85rem}ul{padding-left:1.2rem;overflow-wrap:anywhere}h1{overflow-wrap:anywhere}
 """
 )
@@ -152,7 +152,10 @@ def _in(unit: str) -> Callable[[float], str]:
 
 
 def _duration(seconds: float) -> str:
-    return f"{timedelta(seconds=round(seconds))} h" if seconds >= 60 else f"{seconds:.2f} s"
+    if seconds < 60:
+        return f"{seconds:.2f} s"
+    minutes, left = divmod(round(seconds), 60)
+    return f"{minutes} min {left} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def _summary(runs: Sequence[RunFiles]) -> str:
@@ -229,9 +232,9 @@ def _accuracy(runs: Sequence[RunFiles]) -> str:
             columns = {name: runs[0].evaluations[name] for name in names if name.startswith(f"{task}/")}
             at = runs[0].evaluations.get("iter")
             lines = [Line.thinned(name.partition("/")[2], at, y, n) for n, (name, y) in enumerate(columns.items())]
-            charts.append(line_chart(f"{title} AP", "shares of 1", lines, "iteration"))
+            charts.append(line_chart(f"{title} AP", "0 to 1", lines, "iteration"))
         else:
-            charts.append(_curves(runs, f"{title} {main}", "shares of 1", f"{task}/{main}", of="evaluations"))
+            charts.append(_curves(runs, f"{title} {main}", "0 to 1", f"{task}/{main}", of="evaluations"))
     return _grid(charts) + _evaluations(runs)
 
 
