@@ -494,5 +494,6 @@ def write_report(output: Path) -> None:
         return
     try:
         run_page.write([output], output / run_page.FILE)
+        logger.info("wrote %s", output / run_page.FILE)
     except Exception:  # days of training must not end for a page that can be made again
         logger.exception("no %s; python -m maskrcnn_benchmark.report %s makes it", run_page.FILE, output)

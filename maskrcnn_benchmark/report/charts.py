@@ -139,8 +139,8 @@ def line_chart(
     few = all(len(line.y) <= _DOTS or line.words for line in lines)
     parts += _dots(lines, x, y, height, unit, along) if few else _columns(lines, x, height, unit, along)
     keys = "".join(f' <span class="key c{line.color}">{escape(line.name)}</span>' for line in lines if line.name)
+    said += f"; {beyond} points lie beyond the axis, at its ends" if beyond else ""
     caption = f"<b>{escape(title)}</b>, {escape(unit)}{escape(said)}{keys}"
-    caption += f"; {beyond} points lie beyond the axis, at its ends" if beyond else ""
     label = escape(f"{title}, {unit}, over {along}{said}", quote=True)
     return (
         f'<figure><figcaption>{caption}</figcaption><svg height="{height + 24}" role="img" aria-label="{label}">'

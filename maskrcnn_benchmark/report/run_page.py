@@ -84,11 +84,13 @@ def _when(directory: Path) -> str:
 
 @dataclass(frozen=True)
 class Fact:
-    """value: None where it is not known. show: value -> words with the unit."""
+    """value: None where it is not known. show: value -> words with the unit. relative: whether per cent tell how it
+    differs from another's, and not the difference itself."""
 
     name: str
     value: float | None
     show: Callable[[float], str]
+    relative: bool = True
 
 
 def facts(run: RunFiles) -> list[Fact]:
@@ -98,7 +100,10 @@ def facts(run: RunFiles) -> list[Fact]:
     speed = performance if trained else {}
     wait = speed.get("data_wait_share")
     memory = performance.get("max_memory_mb") or _last(run.metrics, "max_memory_mb")
-    shown = [Fact(f"{_TASKS[task][0]} {_TASKS[task][1]}", value, _score) for task, value in _scores(run).items()]
+    shown = [
+        Fact(f"{_TASKS[task][0]} {_TASKS[task][1]}", value, _score, relative=False)
+        for task, value in _scores(run).items()
+    ]
     shown += [
         Fact("Training speed", speed.get("images_per_second") or _training_speed(run.metrics), _in("images/s")),
         Fact("Evaluation speed", None if trained else performance.get("images_per_second"), _in("images/s")),
@@ -177,7 +182,9 @@ def _summary(runs: Sequence[RunFiles]) -> str:
 def _cell(fact: Fact | None, first: float | None) -> str:
     if fact is None or fact.value is None:
         return "-"
-    return fact.show(fact.value) + (f" ({fact.value / first - 1:+.1%})" if first else "")
+    if first and fact.relative:
+        return f"{fact.show(fact.value)} ({fact.value / first - 1:+.1%})"
+    return fact.show(fact.value) + ("" if fact.relative or first is None else f" ({fact.value - first:+.4f})")
 
 
 def _missing(runs: Sequence[RunFiles]) -> str:
@@ -266,7 +273,7 @@ def _losses(runs: Sequence[RunFiles]) -> str:
         charts.append(line_chart("Its parts", "no unit", plain, "iteration"))
     else:
         charts += [_curves(runs, name, "no unit", name) for name in parts]
-    charts.append(_curves(runs, "Learning rate", "weights' change per gradient", "lr"))
+    charts.append(_curves(runs, "Learning rate", "no unit", "lr"))
     return _grid(charts)
 
 
