@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ..config import flatten
 from ..errors import UserError
 
 # File of a run -> what a report lacks without it
@@ -65,7 +66,7 @@ class RunFiles:
     def keys(self) -> dict[str, Any]:
         """The configuration with keys such as SOLVER.BASE_LR; empty where it cannot be read."""
         try:
-            return dict(_flat(yaml.safe_load(self.config) or {}))
+            return dict(flatten(yaml.safe_load(self.config) or {}))
         except (yaml.YAMLError, AttributeError):
             return {}
 
@@ -179,11 +180,3 @@ def _pictures(run: RunFiles) -> Iterable[Picture]:
     for path in sorted(directory.rglob("*.png")):
         here = counts.get(path.parent.name, first) if path.parent != directory else first
         yield Picture(path, path.relative_to(directory).as_posix(), here.get(path.stem))
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
