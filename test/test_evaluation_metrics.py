@@ -202,6 +202,10 @@ class TestDetails:
         """Rows: thing, other, no object; columns: thing, other, missed."""
         assert details["confusion"] == {"names": ["thing", "<other>"], "matrix": [[1, 0, 2], [1, 0, 0], [0, 1, 0]]}
 
+    def test_images(self, details):
+        """By image id: objects, detections, right ones."""
+        assert details["images"] == [[7, 4, 3, 1]]
+
     def test_classes_and_curves(self, details):
         thing = details["bbox"]["classes"]["thing"]
         assert thing["objects"] == 3 and thing["AR"] == pytest.approx(2 / 3) and thing["AP"] == thing["AP75"]
@@ -211,9 +215,12 @@ class TestDetails:
 
     def test_pictures_are_sound(self, details):
         page = accuracy_page("data & <set>", json.loads(json.dumps(details)))
-        assert "<set>" not in page and "<other>" not in page and page.count("<svg") == 3
-        for start in page.split("<svg")[1:]:
-            ElementTree.fromstring("<svg" + start.split("</svg>")[0] + "</svg>")
+        assert "<set>" not in page and "<other>" not in page
+        drawn = [f"<figure>{rest.split('</figure>')[0]}</figure>" for rest in page.split("<figure>")[1:]]
+        drawn.append(confusion_svg(**details["confusion"]))
+        assert len(drawn) == 3 and drawn[-1] in page
+        for picture in drawn:
+            ElementTree.fromstring(picture)
         many = [[0] * 91 for _ in range(91)]
         many[70][70] = 5
         assert "class 70 taken for class 70: 5 of 5" in confusion_svg([f"class {i}" for i in range(90)], many)

@@ -262,5 +262,5 @@ def test_augmented_evaluation_runs_end_to_end(run, weights, tiny_config, tmp_pat
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["segm"]["AP"] is not None and result["voc"]["AP50"] is not None and result["cityscapes"]
     details = json.loads(next((tmp_path / "inference").glob("*_details.json")).read_text())
-    assert set(details) == {"bbox", "segm", "confusion"}
+    assert set(details) == {"bbox", "segm", "confusion", "images"}
     assert "<svg" in next((tmp_path / "inference").glob("*_details.html")).read_text()

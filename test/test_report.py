@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import itertools
 import json
 import logging
+import os
+import pty
 import re
+import struct
+import subprocess
 import sys
+import termios
 import warnings
 
 import cv2
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ImageFont
@@ -20,7 +28,14 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_benchmark.errors import DataError
 from maskrcnn_benchmark.report import console, visualize
-from maskrcnn_benchmark.report.console import TrainingMeter, case_log, final_lines, progress, setup_logging
+from maskrcnn_benchmark.report.console import (
+    TrainingMeter,
+    case_log,
+    final_lines,
+    progress,
+    result_table,
+    setup_logging,
+)
 from maskrcnn_benchmark.report.visualize import draw, draw_results, side_by_side
 
 GREY = np.full((120, 160, 3), 100, np.uint8)
@@ -294,6 +309,15 @@ class TestLastLines:
         text = final_lines({}, {"bbox": {"AP": box}, "segm": {"AP": segm}}, 5)
         assert f"Final Train Accuracy : {shown}\n" in text
 
+    def test_table(self):
+        text = result_table("8p-NPU-910", {"images_per_second": 43.1189}, {k: {"AP": v} for k, v in self.RESULTS})
+        assert text.splitlines() == [
+            "| NAME       | FPS   | Box mAP | Segm mAP |",
+            "| ---------- | ----- | ------- | -------- |",
+            "| 8p-NPU-910 | 43.12 | 0.377   | 0.342    |",
+        ]
+        assert result_table("1p", {}, {}).splitlines()[-1] == "| 1p   | n/a | n/a     | n/a      |"
+
     def test_case_log(self, tmp_path):
         values = {"fps": 43.119, "training_time": 371.2, "train_accuracy": 0.3771, "loss": 0.51, "e2e_time": 27310.4}
         file = case_log(tmp_path, "MaskRCNN", 8, 16, "npu", True, **values)
@@ -366,9 +390,56 @@ class TestLogging:
         for name in ("log.txt", "train_0.log"):
             assert [line[-6:] for line in (tmp_path / name).read_text().splitlines()] == ["line 0", "line 1"]
 
+    def test_only_a_terminal_has_colours(self, monkeypatch, tmp_path):
+        terminal = io.StringIO()
+        terminal.isatty = lambda: True
+        monkeypatch.setattr(sys, "stdout", terminal)
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        logger = setup_logging(tmp_path, 0, rank_logs=False)
+        logger.info("hello")
+        logger.warning("careful")
+        monkeypatch.setenv("NO_COLOR", "1")
+        logger.warning("plain")
+        lines = terminal.getvalue().splitlines()
+        assert lines[0].startswith("20") and lines[0].endswith("hello")
+        assert lines[1].startswith("\x1b[33m20") and lines[1].endswith("careful\x1b[0m")
+        assert lines[2].startswith("20") and "\x1b" not in (tmp_path / "log.txt").read_text()
+
     def test_without_a_directory(self, capsys):
         setup_logging(None, 0, rank_logs=True).info("hello")
         assert "hello" in capsys.readouterr().out
+
+
+def on_a_terminal(command: list[str], columns: int) -> tuple[int, str]:
+    """Exit status and all that a process writes to a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.close(theirs)
+    written = b""
+    with contextlib.suppress(OSError):  # EIO: the process has closed its end
+        while part := os.read(ours, 65536):
+            written += part
+    os.close(ours)
+    return process.wait(), written.decode()
+
+
+def test_training_on_a_terminal_has_a_bar_under_its_lines(tiny_config, tmp_path):
+    arguments = ["--config-file", str(tiny_config), "--device", "cpu", "OUTPUT_DIR", str(tmp_path)]
+    tool = [sys.executable, str(ROOT / "tools" / "train_net.py"), *arguments]
+    status, written = on_a_terminal([*tool, "SAVE_CHECKPOINTS", "False", "LOGGING.PERIOD", "2"], 200)
+    assert status == 0, written[-3000:]
+    bar = next(part for part in re.split("[\r\n]", written) if part.startswith("training 6/6"))
+    assert re.search(r"100%, \d+\.\d images/s, eta 0:00:0\d, data wait \d+%, loss \d\.\d{3}, .*mask \d\.\d{3}", bar)
+    lines = [line for line in re.split("[\r\n]+", written) if " INFO: eta: " in line]
+    assert len(lines) == 3 and all(LINE.fullmatch(line.partition("INFO: ")[2]) for line in lines)
+    assert "6/6" not in (tmp_path / "log.txt").read_text()
+
+
+def test_the_bar_says_what_the_line_does():
+    meter = meter_with([0.5] * 4, warmup=0, total=100)
+    meter.console_line(4, {"loss": 1.5, "loss_mask": 0.25}, 0.1, 0)
+    assert meter.brief == "32.0 images/s, eta 0:00:48, data wait 25%, loss 1.500, mask 0.250"
 
 
 class TestProgress:

@@ -18,14 +18,14 @@ from maskrcnn_benchmark.device import Device, get_device
 from maskrcnn_benchmark.engine import checkpoint, distributed
 from maskrcnn_benchmark.engine.datasets import test_datasets
 from maskrcnn_benchmark.engine.inference import evaluate_model, tasks_of
-from maskrcnn_benchmark.engine.train import prepare_output, write_result
+from maskrcnn_benchmark.engine.train import prepare_output, write_config, write_report, write_result
 from maskrcnn_benchmark.errors import ConfigError
 from maskrcnn_benchmark.evaluation.coco import format_table, load_results
 from maskrcnn_benchmark.evaluation.expected import check_expected
 from maskrcnn_benchmark.evaluation.score import score
 from maskrcnn_benchmark.models.build import build_model
 from maskrcnn_benchmark.models.weights import load_weights
-from maskrcnn_benchmark.report.console import TrainingMeter, final_lines, setup_logging
+from maskrcnn_benchmark.report.console import TrainingMeter, final_lines, result_table, setup_logging
 
 
 def parse() -> argparse.Namespace:
@@ -54,8 +54,12 @@ def main() -> int:
         scores = score_file(cfg, args.predictions) if args.predictions else score_model(cfg, device, output, args.ckpt)
         performance = measured(scores, device)
         write_result(cfg, device, output, scores, performance)
+        if not (output / "metrics.jsonl").exists():  # a training's directory has the training's configuration
+            write_config(cfg, output)
+        write_report(output)
         if distributed.is_main():
             print(format_table(scores))
+            print(result_table(f"{distributed.world_size()}p-{device.name}", performance, scores))
             print(final_lines(performance, scores, time.time() - started), flush=True)
     check_expected(scores, cfg.TEST.EXPECTED_RESULTS, cfg.TEST.EXPECTED_RESULTS_SIGMA_TOL)
     return 0

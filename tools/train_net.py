@@ -16,7 +16,7 @@ from maskrcnn_benchmark.engine import distributed
 from maskrcnn_benchmark.engine.train import Run, prepare_output, run_training
 from maskrcnn_benchmark.errors import ResultError
 from maskrcnn_benchmark.evaluation.expected import check_expected
-from maskrcnn_benchmark.report.console import case_log, final_lines, setup_logging
+from maskrcnn_benchmark.report.console import case_log, final_lines, result_table, setup_logging
 
 
 def parse() -> argparse.Namespace:
@@ -58,8 +58,9 @@ def main() -> int:
 
 
 def report(run: Run, seconds: float, accuracy: bool) -> None:
-    """The last lines, under the table that the log ends with, and CaseName.log where a network name is set."""
+    """The table of results and the last lines, and CaseName.log where a network name is set."""
     performance = run.performance
+    print(result_table(f"{distributed.world_size()}p-{run.device.name}", performance, run.scores))
     print(final_lines(performance, run.scores, seconds), flush=True)
     if run.cfg.LOGGING.NETWORK and run.loss is not None:  # a finished run that is resumed keeps its record
         main_task = run.scores.get("bbox") or {}

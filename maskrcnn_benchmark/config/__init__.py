@@ -52,7 +52,7 @@ def parse_config(text: str, source: str, overrides: Sequence[str] = ()) -> CfgNo
 
 def merge(cfg: CfgNode, values: dict[str, Any], source: str) -> None:
     """Write nested `values` into `cfg`; `source` names them in errors."""
-    for key, value in translate(dict(_flatten(values)), source).items():
+    for key, value in translate(dict(flatten(values)), source).items():
         _set(cfg, key, value, source)
 
 
@@ -82,7 +82,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict
         raise ConfigError(f"cannot read config file {path}{by}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a UTF-8 text file") from error
-    if BASE_KEY not in values and is_upstreams(dict(_flatten(values))):
+    if BASE_KEY not in values and is_upstreams(dict(flatten(values))):
         logger.info(
             "%s is upstream's: its conventions come with it (docs/conventions.md); `_BASE_: []` keeps ours", path
         )
@@ -106,10 +106,11 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     return values
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys such as SOLVER.BASE_LR and their values."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -120,7 +121,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     for part in path:
         node = node.get(part) if isinstance(node, CfgNode) else None
     if not isinstance(node, CfgNode) or name not in node:
-        known = [name for name, _ in _flatten(cfg)]
+        known = [name for name, _ in flatten(cfg)]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{source}: unknown key {key}; did you mean {near}?")
     node[name] = _coerce(node[name], value, key, source)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..device import Device
 from ..errors import DataError
 from ..evaluation.results import Results, concatenate, detections_to_results
 from ..report.console import progress
+from ..report.run_files import file_stem
 from ..report.visualize import draw_results, side_by_side
 from . import distributed, scoring
 from .checkpoint import write_atomically
@@ -80,7 +80,7 @@ def run_model(
         results = infer(cfg, device, model, dataset)
         if results is None:
             continue
-        path = output / "inference" / f"{re.sub(r'[^0-9A-Za-z_.-]+', '_', name)}.json"
+        path = output / "inference" / f"{file_stem(name)}.json"
         pictures = output / "predictions" / (path.stem if len(datasets) > 1 else "")
         draw_pictures(dataset, results, pictures, cfg.LOGGING.PREDICTION_IMAGES)
         judged_by = (tasks_of(cfg), tuple(cfg.TEST.METRICS), cfg.TEST.EVALUATOR, path, tuple(cfg.TEST.KEYPOINT_SIGMAS))
@@ -104,11 +104,12 @@ def combine(names: Iterable[str], scores: list[dict[str, Any]]) -> dict[str, Any
 
 
 def draw_pictures(dataset: CocoDataset, results: Results, directory: Path, count: int) -> None:
-    """The data set's first `count` images, each with its annotations on the left and the detections on the right."""
+    """`count` images from all over the data set, each with its annotations on the left and the detections on the right;
+    always the same ones, so that runs can be compared."""
     directory.mkdir(parents=True, exist_ok=True)
     names = dict(zip(dataset.category_ids, dataset.category_names))
     limbs = dataset.skeleton.limbs if dataset.skeleton else None
-    for index in range(min(count, len(dataset))):
+    for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)).tolist():
         image, image_id = dataset.load(index).image, dataset.image_ids[index]
         found = results.select(np.flatnonzero(results.image_ids == image_id)).to_list()
         truth = [annotation for annotation in dataset.annotations(index) if not annotation["iscrowd"]]

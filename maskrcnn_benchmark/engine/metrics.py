@@ -1,11 +1,11 @@
-"""What a run writes about itself while it trains: metrics.jsonl and TensorBoard events."""
+"""What a run writes about itself while it trains: metrics.jsonl, evaluations.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -53,21 +53,18 @@ class LossWindow:
 
 
 class MetricsWriter:
-    """metrics.jsonl and events.out.tfevents.* of a run directory, on the main rank; elsewhere it writes nothing.
+    """metrics.jsonl, evaluations.jsonl and events.out.tfevents.* of a run directory, on the main rank; elsewhere it
+    writes nothing.
 
     A resumed run cuts the lines after `iteration`: the steps that are trained again.
     """
 
     def __init__(self, directory: Path, tensorboard: bool, iteration: int) -> None:
-        self._file = self._events = None
+        self._metrics = self._evaluations = self._events = None
         if not distributed.is_main():
             return
-        path = directory / "metrics.jsonl"
-        kept = (
-            [line for line in path.read_text().splitlines() if _iteration(line) <= iteration] if path.exists() else []
-        )
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+        self._metrics = _continue(directory / "metrics.jsonl", iteration)
+        self._evaluations = _continue(directory / "evaluations.jsonl", iteration)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # seconds to import, so only where it is used
 
@@ -75,24 +72,34 @@ class MetricsWriter:
 
     def write(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl; every number in it but `iter` becomes a TensorBoard scalar."""
-        if self._file is None:
-            return
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        self.scalars(line["iter"], {k: v for k, v in line.items() if k != "iter"})
+        self._append(self._metrics, line)
 
-    def scalars(self, iteration: int, values: dict[str, float | None]) -> None:
+    def evaluated(self, line: dict[str, Any]) -> None:
+        """One line of evaluations.jsonl: `iter`, `eval_seconds`, and the scores as TASK/NAME; scalars likewise."""
+        self._append(self._evaluations, line)
+
+    def _append(self, file: TextIO | None, line: dict[str, Any]) -> None:
+        if file is None:
+            return
+        file.write(json.dumps(line) + "\n")
+        file.flush()
         if self._events is not None:
-            for name, value in values.items():
-                if value is not None and math.isfinite(value):
-                    self._events.add_scalar(name, value, iteration)
+            for name, value in line.items():
+                if name != "iter" and value is not None and math.isfinite(value):
+                    self._events.add_scalar(name, value, line["iter"])
             self._events.flush()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for file in (self._metrics, self._evaluations, self._events):
+            if file is not None:
+                file.close()
+
+
+def _continue(path: Path, iteration: int) -> TextIO:
+    """The file, open at its end, without the lines after `iteration`."""
+    kept = [line for line in path.read_text().splitlines() if _iteration(line) <= iteration] if path.exists() else []
+    path.write_text("".join(line + "\n" for line in kept))
+    return open(path, "a", encoding="utf-8")
 
 
 def _iteration(line: str) -> float:

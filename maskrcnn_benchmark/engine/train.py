@@ -29,8 +29,8 @@ from ..errors import CheckpointError, ConfigError
 from ..evaluation.coco import format_table
 from ..models.build import build_model
 from ..models.weights import load_weights
-from ..report import mllog
-from ..report.console import TrainingMeter
+from ..report import mllog, run_page
+from ..report.console import TrainingMeter, training_progress
 from ..structures import ImageBatch, Targets
 from . import checkpoint, distributed, scoring
 from .datasets import open_dataset, test_datasets
@@ -98,7 +98,7 @@ def train(run: Run) -> int:
     finished ones."""
     cfg, total, done = run.cfg, run.schedule.total, run.start
     run.parallel.train()
-    for iteration in range(run.start, total):
+    for iteration in training_progress(range(run.start, total), run.meter):
         run.mllog.begin_step(iteration)
         set_learning_rate(run.optimizer, run.schedule.lr(iteration))
         distributed.seed_step(cfg.SEED, iteration)
@@ -226,13 +226,15 @@ def record(run: Run, done: int, scores: dict[str, Any], content: dict[str, Any] 
     run.mllog.eval_stop(done, run.scores)
     run.scored_at = done
     logger.info("accuracy at iteration %d\n%s", done, format_table(run.scores))
-    run.metrics.scalars(done, {f"{task}/{k}": run.scores[task][k] for task in _tasks(run) for k in METRICS[task]})
+    named = {f"{task}/{k}": run.scores[task][k] for task in _tasks(run) for k in METRICS[task]}
+    run.metrics.evaluated({"iter": done, "eval_seconds": round(scores["eval_seconds"], 3), **named})
     task = _tasks(run)[-1]
     score = run.scores[task][METRICS[task][0]]
     if score is not None and score > run.best:
         run.best = score
         if content is not None:
             logger.info("wrote %s", checkpoint.save(run.output, BEST, content | {"best": score}, last=False))
+    write_report(run.output)
 
 
 def reached_target(run: Run) -> bool:
@@ -403,6 +405,7 @@ def run_training(cfg: CfgNode, device: Device, resume: bool = False, skip_test: 
     if not resume and distributed.is_main():
         checkpoint.forget(output)
     write_config(cfg, output)
+    write_json(output / "environment.json", environment.describe(device, distributed.world_size()))
     start_mllog(run, resume, begun)
     success = False
     try:
@@ -418,7 +421,8 @@ def run_training(cfg: CfgNode, device: Device, resume: bool = False, skip_test: 
         run.metrics.close()
         run.parallel = run.model  # lets go of the ranks' group, which must be gone before the process ends
     run.performance = measured(run, trained=done > run.start)
-    write_result(cfg, device, output, run.scores, run.performance)
+    write_result(cfg, device, output, run.scores, run.performance, done)
+    write_report(output)
     return run
 
 
@@ -462,11 +466,12 @@ def write_config(cfg: CfgNode, output: Path) -> None:
         checkpoint.write_atomically(output / "config.yaml", lambda file: file.write(dump(cfg).encode()))
 
 
-def write_result(cfg: CfgNode, device: Device, output: Path, scores: dict, performance: dict) -> None:
-    """result.json, on the main rank."""
-    if not distributed.is_main():
-        return
+def write_result(
+    cfg: CfgNode, device: Device, output: Path, scores: dict, performance: dict, iteration: int | None = None
+) -> None:
+    """result.json, on the main rank. iteration: finished steps of a training run."""
     result = {
+        "iteration": iteration,
         "bbox": None,
         "segm": None,
         **{key: value for key, value in scores.items() if key != "eval_seconds"},
@@ -474,5 +479,21 @@ def write_result(cfg: CfgNode, device: Device, output: Path, scores: dict, perfo
         "environment": environment.describe(device, distributed.world_size()),
         "config_sha256": sha256(cfg),
     }
-    text = json.dumps(result, indent=2)
-    checkpoint.write_atomically(output / "result.json", lambda file: file.write(text.encode()))
+    write_json(output / "result.json", result)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """On the main rank."""
+    if distributed.is_main():
+        checkpoint.write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode()))
+
+
+def write_report(output: Path) -> None:
+    """report.html from the files in `output`, on the main rank."""
+    if not distributed.is_main():
+        return
+    try:
+        run_page.write([output], output / run_page.FILE)
+        logger.info("wrote %s", output / run_page.FILE)
+    except Exception:  # days of training must not end for a page that can be made again
+        logger.exception("no %s; python -m maskrcnn_benchmark.report %s makes it", run_page.FILE, output)

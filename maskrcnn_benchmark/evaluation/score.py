@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import ConfigError
 from . import cityscapes, proposals, voc
 from .coco import Curves, clean_annotations, evaluate_with_curves, of_classes, prepare
-from .confusion import confusion_matrix
+from .confusion import confusion
 from .results import Results
 
 # TEST.METRICS: what each reads of the results
@@ -35,7 +35,8 @@ def score(
     The task "box_proposal", which stands alone, has average recall instead (proposals.py), and no details.
 
     details: task -> {"classes": {name: {"AP", "AP50", "AP75", "AR", "objects"}}, "curves": {"mean"|"AP50"|"AP75":
-    precision at recall 0, .01, ... 1}}, and with boxes "confusion": {"names", "matrix"}.
+    precision at recall 0, .01, ... 1}}, and with boxes "confusion": {"names", "matrix"} and
+    "images": [[image id, objects, detections, right ones], ...] (confusion.py).
 
     Raises:
         ConfigError: an unknown metric, or one that reads what the tasks do not give.
@@ -63,8 +64,9 @@ def score(
     objects = [counts[category] for category in names]
     details: dict[str, Any] = {task: _details(curve, objects) for task, curve in curves.items()}
     if "bbox" in tasks:
-        matrix = confusion_matrix(annotations["bbox"], results, list(names))
-        details["confusion"] = {"names": list(names.values()), "matrix": matrix.tolist()}
+        counted = confusion(annotations["bbox"], results, list(names))
+        details["confusion"] = {"names": list(names.values()), "matrix": counted.matrix.tolist()}
+        details["images"] = [[image, *counts] for image, counts in sorted(counted.images.items())]
     return scores, details
 
 

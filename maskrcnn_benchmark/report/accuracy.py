@@ -1,32 +1,65 @@
-"""Precision-recall curves and confusion matrices as SVG pictures that stand alone or inside a page."""
+"""The accuracy of one data set's results as HTML: precision-recall curves, classes, which is taken for which."""
 
 from __future__ import annotations
 
 from html import escape
 from typing import Any
 
-_COLORS = {"mean": "#0072b2", "AP50": "#009e73", "AP75": "#d55e00"}
-_SIDE = 320
+import numpy as np
+
+from .charts import Line, bars, line_chart
+from .page import document, table
+
 # Classes that a picture of a confusion matrix shows; more would be unreadable
 _MOST_CLASSES = 30
+TASKS = {"bbox": "Boxes", "segm": "Masks", "keypoints": "Keypoints"}
+_CONFUSION = (
+    '<p class="soft">Rows: what the object is; columns: what it was taken for, at a score and an IoU of .5 at least. '
+    "Numbers count objects; the stronger the colour, the greater their share of the row.</p>"
+)
+STYLE = """
+svg.confusion{width:auto;margin:0;overflow:visible}.confusion text{fill:var(--ink)}.confusion .count{font-size:9px}
+.confusion .strong{fill:var(--page)}.share{fill:var(--new);stroke:var(--line)}
+"""
 
 
-def curves_svg(title: str, curves: dict[str, list[float]]) -> str:
+def accuracy_page(title: str, details: dict[str, Any]) -> str:
+    """A self-contained HTML page of `evaluation.score`'s details."""
+    return document(title, f"<h1>{escape(title)}</h1>{sections(details)}", STYLE)
+
+
+def sections(details: dict[str, Any]) -> str:
+    """For each task curves and a table of the classes; the confusion."""
+    parts = []
+    for task, name in TASKS.items():
+        if task in details:
+            curves, classes = details[task]["curves"], details[task]["classes"]
+            parts.append(
+                f"<section><h3>{name}</h3>{curves_chart(curves)}{class_bars(classes)}"
+                f"<details><summary>All figures of the classes</summary>{_class_table(classes)}</details></section>"
+            )
+    if "confusion" in details:
+        picture = confusion_svg(**details["confusion"])
+        parts.append(f'<section><h3>What is taken for what</h3>{_CONFUSION}<div class="wide">{picture}</div></section>')
+    return "".join(parts)
+
+
+def curves_chart(curves: dict[str, list[float]]) -> str:
     """Precision over recall. curves: name -> precision at equally spaced recall from 0 to 1."""
-    parts = [_text(_SIDE / 2 + 40, 16, title, anchor="middle")]
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        x, y = 40 + tick * _SIDE, 30 + (1 - tick) * _SIDE
-        parts.append(f'<path d="M40 {y:.1f}H{40 + _SIDE}M{x:.1f} 30V{30 + _SIDE}" stroke="#ddd"/>')
-        parts += [_text(34, y + 4, f"{tick:g}", anchor="end"), _text(x, 46 + _SIDE, f"{tick:g}", anchor="middle")]
-    for row, (name, values) in enumerate(curves.items()):
-        points = " ".join(
-            f"{40 + i / (len(values) - 1) * _SIDE:.1f},{30 + (1 - value) * _SIDE:.1f}" for i, value in enumerate(values)
-        )
-        color = _COLORS.get(name, "#444")
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts.append(_text(52, 50 + 16 * row, f"{name} {sum(values) / len(values):.3f}", color=color))
-    parts.append(_text(40 + _SIDE / 2, 62 + _SIDE, "recall (precision upwards)", anchor="middle"))
-    return _svg(_SIDE + 60, _SIDE + 72, parts)
+    lines = [
+        Line(f"{name}, area {np.mean(values):.3f}", np.linspace(0, 1, len(values)), np.array(values), color)
+        for color, (name, values) in enumerate(curves.items())
+    ]
+    return line_chart("Precision", "share of detections that are right", lines, "recall", limits=(0.0, 1.0), height=220)
+
+
+def class_bars(classes: dict[str, Any]) -> str:
+    """AP of each class, the worst first; classes without an object are left out."""
+    judged = sorted((numbers["AP"], name) for name, numbers in classes.items() if numbers["AP"] is not None)
+    if not judged:
+        return '<p class="soft">No class has an object to judge by.</p>'
+    rows = [(name, ap, f"AP {ap:.3f}") for ap, name in judged]
+    return f'<p class="soft">AP of each class, 0 to 1, the worst first</p>{bars(rows)}'
 
 
 def confusion_svg(names: list[str], matrix: list[list[int]]) -> str:
@@ -47,46 +80,26 @@ def confusion_svg(names: list[str], matrix: list[list[int]]) -> str:
             share = matrix[i][j] / total if total else 0.0
             place = f'x="{left + x * cell}" y="{left + y * cell}" width="{cell}" height="{cell}"'
             tip = f"<title>{escape(rows[i])} taken for {escape(columns[j])}: {matrix[i][j]} of {total}</title>"
-            parts.append(f'<rect {place} fill="#0072b2" fill-opacity="{share:.3f}" stroke="#ddd">{tip}</rect>')
+            parts.append(f'<rect {place} class="share" fill-opacity="{share:.3f}">{tip}</rect>')
             if matrix[i][j]:
-                middle, color = left + (x + 0.5) * cell, "#fff" if share > 0.5 else "#222"
-                parts.append(_text(middle, left + y * cell + 16, str(matrix[i][j]), "middle", color, size=9))
+                middle, kind = left + (x + 0.5) * cell, "count strong" if share > 0.5 else "count"
+                parts.append(_text(middle, left + y * cell + 16, str(matrix[i][j]), "middle", kind=kind))
     side = left + len(shown) * cell + 12
-    return _svg(side, side, parts)
+    return f'<svg class="confusion" width="{side}" height="{side}">{"".join(parts)}</svg>'
 
 
-def accuracy_page(title: str, details: dict[str, Any]) -> str:
-    """A self-contained HTML page of `evaluation.score`'s details: curves, a table of the classes, the confusion."""
-    parts = [f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title>", f"<h1>{escape(title)}</h1>"]
-    for task, content in details.items():
-        if task == "confusion":
-            parts += ["<h2>Confusion (score and IoU of .5 at least)</h2>", confusion_svg(**content)]
-            continue
-        parts += [f"<h2>{task}</h2>", curves_svg(task, content["curves"]), _class_table(content["classes"])]
-    style = (
-        "<style>body{font-family:sans-serif}td{padding:0 .8em;text-align:right}td:first-child{text-align:left}</style>"
-    )
-    return "\n".join([*parts, style])
-
-
-def _class_table(classes: dict[str, Any] | list) -> str:
+def _class_table(classes: dict[str, Any]) -> str:
     keys = ("objects", "AP", "AP50", "AP75", "AR")
-    head = "".join(f"<th>{key}" for key in ("class", *keys))
-    rows = []
-    for name, numbers in classes.items():
-        cells = ("n/a" if (v := numbers[key]) is None else f"{v:.3f}" if key != "objects" else str(v) for key in keys)
-        rows.append(f"<tr><td>{escape(name)}" + "".join(f"<td>{cell}" for cell in cells))
-    return f"<table><tr>{head}{''.join(rows)}</table>"
+    rows = [
+        [
+            escape(name),
+            *("n/a" if (v := numbers[key]) is None else f"{v:.3f}" if key != "objects" else str(v) for key in keys),
+        ]
+        for name, numbers in classes.items()
+    ]
+    return table(["class", *keys], rows, 1, last=0)
 
 
-def _text(
-    x: float, y: float, text: str, anchor: str = "start", color: str = "#222", size: int = 12, transform: str = ""
-) -> str:
+def _text(x: float, y: float, text: str, anchor: str = "start", transform: str = "", kind: str = "") -> str:
     turn = f' transform="{transform}"' if transform else ""
-    style = f'text-anchor="{anchor}" fill="{color}" font-size="{size}"{turn}'
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'
-
-
-def _svg(width: float, height: float, parts: list[str]) -> str:
-    size = f'width="{width:.0f}" height="{height:.0f}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">{"".join(parts)}</svg>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}"{turn}>{escape(text)}</text>'

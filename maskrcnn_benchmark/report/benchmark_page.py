@@ -10,9 +10,10 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from html import escape
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..benchmark import results
 from ..benchmark.compare import (
@@ -29,12 +30,12 @@ from ..benchmark.history import Series, step_words
 from ..benchmark.timing import percentile
 from ..engine.checkpoint import write_atomically
 from ..errors import UserError
-from .page import document, table
+from .charts import Line, Scale, fences, line_chart, quantity, x_axis
+from .page import FACTS, document, environments, table
 
 FORMATS = (".md", ".html", ".json")
 HEADER = ("case", "metric", "base", "new", "change", "p", "verdict")
 RESULT_HEADER = ("case", "metric", "p50", "p90", "p99", "samples")
-FACTS = ("device", "device_name", "world_size", "threads", "torch", "python", "commit", "dirty")
 # More samples than this are drawn thinned out; all of them count.
 DOTS = 300
 LEGEND = "A dot is a sample, a tick above the dots the median of a process. Verdicts compare the medians of processes."
@@ -67,19 +68,6 @@ def write(
 
 
 # ---- words
-
-
-def number(value: float | None) -> str:
-    """Four significant digits, without an exponent where people read none."""
-    if value is None:
-        return "-"
-    if value == 0 or not 1e-4 <= abs(value) < 1e7:
-        return f"{value:.4g}"
-    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
-
-
-def quantity(value: float | None, unit: str) -> str:
-    return "-" if value is None else f"{number(value)} {unit}".rstrip()
 
 
 def _cells(finding: Finding) -> list[str]:
@@ -177,9 +165,10 @@ def html(
         sections += [f"<p>{escape(remark)}</p>" for remark in comparison.remarks]
         sections += ["<h2>Verdicts</h2>", table(HEADER, [_marked(finding) for finding in comparison.findings], 2)]
     sections += ["<h2>Cases</h2>", f'<p class="soft">{LEGEND}</p>', *_cases(new, base)]
+    sides = {side: result["environment"] for side, result in (("base", base), ("new", new)) if result}
     if past:
         sections += ["<h2>History</h2>", *(_course(series) for series in past)]
-    sections += ["<h2>Where it was measured</h2>", _environments(new, base)]
+    sections += ["<h2>Where it was measured</h2>", environments(sides)]
     return document(title, "\n".join(sections))
 
 
@@ -220,38 +209,7 @@ def _cases(new: dict[str, Any], base: dict[str, Any] | None) -> Iterator[str]:
         )
 
 
-def _environments(new: dict[str, Any], base: dict[str, Any] | None) -> str:
-    sides = [side["environment"] for side in (base, new) if side]
-    names = [*FACTS, *(name for name in new["environment"] if name not in FACTS)]
-    rows = [[escape(name), *(f"<code>{escape(_fact(about.get(name)))}</code>" for about in sides)] for name in names]
-    return table(["", *(["base"] if base else []), "new"], rows, 3)
-
-
-def _fact(value: Any) -> str:
-    return ", ".join(f"{name} {one}" for name, one in value.items()) if isinstance(value, dict) else str(value)
-
-
 # ---- drawings
-
-
-class Scale:
-    """Values to per cent of the drawing's width, with room at both ends."""
-
-    def __init__(self, low: float, high: float) -> None:
-        room = (high - low) * 0.04 or abs(high) * 0.02 or 1.0
-        self.low, self.high = low - room, high + room
-
-    def percent(self, value: float) -> float:
-        """Clamped to the drawing."""
-        return round(100 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low))), 2)
-
-    def ticks(self) -> list[float]:
-        """Two to six round values within."""
-        rough = (self.high - self.low) / 5
-        size = 10 ** math.floor(math.log10(rough))
-        step = next(factor * size for factor in (1, 2, 2.5, 5, 10) if factor * size >= rough)
-        first = math.ceil(self.low / step)
-        return [tick * step for tick in range(first, math.floor(self.high / step) + 1)]
 
 
 def _distribution(name: str, new: dict[str, Any], base: dict[str, Any] | None) -> str:
@@ -260,10 +218,11 @@ def _distribution(name: str, new: dict[str, Any], base: dict[str, Any] | None) -
     sides = [(side, value) for side, value in (("base", base), ("new", new)) if value]
     samples = [sample for _, value in sides for sample in value["samples"]]
     medians = [median for _, value in sides for median in results.process_medians(value)]
-    scale = Scale(*_fences(samples, medians))
+    low, high = fences(samples)
+    scale = Scale(min([low, *medians]), max([high, *medians]))
     beyond = sum(not scale.low <= sample <= scale.high for sample in samples)
     bottom = 36 * len(sides) + 6
-    parts = list(_axis(scale, bottom, new["unit"]))
+    parts = list(x_axis(scale, bottom, new["unit"]))
     for row, (side, value) in enumerate(sides):
         parts += _strip(side, value, scale, 36 * row)
     better = f"{new['better']} is better"
@@ -275,24 +234,6 @@ def _distribution(name: str, new: dict[str, Any], base: dict[str, Any] | None) -
     caption += f"; {beyond} of {len(samples)} samples lie beyond the axis, at its ends" if beyond else ""
     picture = f'<svg height="{bottom + 22}" role="img" aria-label="{escape(f"{name}: {said}", quote=True)}">'
     return f"<figure><figcaption>{caption}</figcaption>{picture}{''.join(parts)}</svg></figure>"
-
-
-def _fences(samples: Sequence[float], medians: Sequence[float]) -> tuple[float, float]:
-    """Three times the middle half below and above it, no further than the samples go; medians lie within."""
-    first, third = percentile(samples, 25), percentile(samples, 75)
-    low, high = first - 3 * (third - first), third + 3 * (third - first)
-    return min([max(low, min(samples)), *medians]), max([min(high, max(samples)), *medians])
-
-
-def _axis(scale: Scale, bottom: int, unit: str) -> Iterator[str]:
-    """Ticks with their values, but for those that would stick out, and the unit once, for telephones are narrow."""
-    yield f'<text x="-72" y="{bottom + 17}">{escape(unit)}</text>'
-    yield f'<line class="axis" x1="0" x2="100%" y1="{bottom}" y2="{bottom}"/>'
-    for tick in scale.ticks():
-        x = scale.percent(tick)
-        yield f'<line class="axis" x1="{x}%" x2="{x}%" y1="0" y2="{bottom + 4}"/>'
-        if 4 <= x <= 96:
-            yield f'<text x="{x}%" y="{bottom + 17}" text-anchor="middle">{tick:.6g}</text>'
 
 
 def _strip(side: str, value: dict[str, Any], scale: Scale, top: int) -> Iterator[str]:
@@ -311,29 +252,17 @@ def _strip(side: str, value: dict[str, Any], scale: Scale, top: int) -> Iterator
 
 def _course(series: Series) -> str:
     """A series over its runs, with the days of the first and the last, and a dashed line at each step."""
-    values = [point.value for point in series.points]
-    height, scale = 110, Scale(min(values), max(values))
-    along = Scale(0, max(1, len(values) - 1))
-    spots = [(along.percent(n), height - height * scale.percent(value) / 100) for n, value in enumerate(values)]
-    parts = []
-    for tick in scale.ticks():
-        y = round(height - height * scale.percent(tick) / 100, 1)
-        parts.append(f'<line class="axis" x1="0" x2="100%" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="-6" y="{y + 4}" text-anchor="end">{tick:.6g}</text>')
-    for x, anchor, point in ((0, "start", series.points[0]), (100, "end", series.points[-1])):
-        parts.append(f'<text x="{x}%" y="{height + 18}" text-anchor="{anchor}">{escape(point.started[:10])}</text>')
-    for (x1, y1), (x2, y2) in pairwise(spots):
-        parts.append(f'<line class="course" x1="{x1}%" y1="{y1:.1f}" x2="{x2}%" y2="{y2:.1f}"/>')
-    for (x, y), point in zip(spots, series.points):
-        said = escape(f"{point.started} {point.commit}: {quantity(point.value, series.unit)}")
-        parts.append(f'<circle class="dot-new" cx="{x}%" cy="{y:.1f}" r="3"><title>{said}</title></circle>')
-    for step in series.steps:
-        x = (along.percent(step.index - 1) + along.percent(step.index)) / 2
-        parts.append(f'<line class="step" x1="{x}%" x2="{x}%" y1="0" y2="{height}"/>')
+    values = np.array([point.value for point in series.points])
+    words = [f"{point.started} {point.commit}: {quantity(point.value, series.unit)}" for point in series.points]
     said = "; ".join(f"{step_words(step)} at commit {step.after.commit}" for step in series.steps) or "no step"
-    caption = f"<b>{escape(series.case)} · {escape(series.metric)}</b> in {escape(series.unit)}"
-    caption += f", {len(values)} runs: {escape(said)}"
-    return (
-        f'<section><figure><figcaption>{caption}</figcaption><svg height="{height + 24}" role="img" '
-        f'aria-label="{escape(said, quote=True)}">{"".join(parts)}</svg></figure></section>'
+    chart = line_chart(
+        f"{series.case} · {series.metric}",
+        series.unit,
+        [Line("", np.arange(len(values), dtype=np.float64), values, words=words)],
+        "run",
+        marks=[step.index - 0.5 for step in series.steps],
+        ends=(series.points[0].started[:10], series.points[-1].started[:10]),
+        said=f", {len(values)} runs: {said}",
+        height=110,
     )
+    return f"<section>{chart}</section>"

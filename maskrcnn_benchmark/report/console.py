@@ -1,8 +1,9 @@
-"""What a run says while it works and when it ends: log lines, speed figures, the last lines on the screen."""
+"""What a run says while it works and when it ends: log lines, bars, speed figures, the last lines on the screen."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from array import array
@@ -21,6 +22,24 @@ T = TypeVar("T")
 # Seconds between the lines of a progress that is not watched
 _SILENCE = 30.0
 _PACKAGE = __name__.partition(".")[0]
+_FORMAT = ("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+# On a terminal what must not be overlooked is yellow or red, and nothing else has a colour
+_COLORS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "31"}
+_BAR = "{desc} {n_fmt}/{total_fmt} |{bar:16}|{percentage:3.0f}%{postfix}"
+
+
+class _TerminalHandler(logging.StreamHandler):
+    """Writes above the bars that are on the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        color = None if os.environ.get("NO_COLOR") else _COLORS.get(record.levelno)
+        return f"\x1b[{color}m{super().format(record)}\x1b[0m" if color else super().format(record)
 
 
 def setup_logging(output_dir: Path | None, rank: int, rank_logs: bool) -> logging.Logger:
@@ -29,13 +48,14 @@ def setup_logging(output_dir: Path | None, rank: int, rank_logs: bool) -> loggin
     Rank 0 writes to stdout and OUTPUT_DIR/log.txt, the others only warnings to stderr. With `rank_logs` every rank also
     writes OUTPUT_DIR/train_{rank}.log. Files are appended to. Python's warnings go the same ways.
     """
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout if rank == 0 else sys.stderr)]
+    screen = sys.stdout if rank == 0 else sys.stderr
+    handlers: list[logging.Handler] = [(_TerminalHandler if screen.isatty() else logging.StreamHandler)(screen)]
     handlers[0].setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if output_dir is not None:
         for name, wanted in (("log.txt", rank == 0), (f"train_{rank}.log", rank_logs)):
             if wanted:
                 handlers.append(logging.FileHandler(Path(output_dir) / name, encoding="utf-8"))
-    formatter = logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+    formatter = logging.Formatter(*_FORMAT)
     logging.captureWarnings(True)
     package = logging.getLogger(_PACKAGE)
     for name in (_PACKAGE, "py.warnings"):
@@ -67,6 +87,7 @@ class TrainingMeter:
         self._steps = array("d")
         self._waits = array("d")
         self._line = slice(0, 0)  # the steps that the last console line speaks of
+        self.brief = ""  # that line, in short
 
     def add(self, step_seconds: float, data_seconds: float) -> None:
         """One step: its whole time, and the part of it spent waiting for data."""
@@ -116,10 +137,16 @@ class TrainingMeter:
         iteration: finished steps. losses: `loss`, their sum, first. max_mem_mb: peak device memory in MB.
         """
         self._line = slice(self._line.stop, len(self._steps))
-        recent = self.recent()
+        recent, eta = self.recent(), self.eta()
+        waiting = _divide(recent["data_time"], recent["time"])
+        self.brief = (
+            f"{_show(recent['images_per_second'], 1)} images/s, eta {eta}, "
+            f"data wait {_show(waiting and 100 * waiting, 0)}%, "
+            + ", ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items())
+        )
         pairs = "  ".join(f"{name}: {value:.4f}" for name, value in losses.items())
         return (
-            f"eta: {self.eta()} iter: {iteration}  {pairs}  "
+            f"eta: {eta} iter: {iteration}  {pairs}  "
             f"time: {_show(recent['time'], 4)} data: {_show(recent['data_time'], 4)}  lr: {lr:.6g}  "
             f"max mem: {max_mem_mb:.0f}  average_train_fps: {_show(self.images_per_second, 2)}"
         )
@@ -137,6 +164,17 @@ class TrainingMeter:
             "data_wait_share": self.data_wait_share,
             "warmup_steps": self.warmup_steps,
         }
+
+
+def result_table(name: str, performance: dict[str, Any], results: dict[str, Any]) -> str:
+    """A run as a row of the Ascend ModelZoo's table of results. name: such as 8p-NPU-910; the rest as `final_lines`."""
+    scores = [_show((results.get(task) or {}).get("AP"), 3) for task in ("bbox", "segm")]
+    header = ("NAME", "FPS", "Box mAP", "Segm mAP")
+    row = (name, _show(performance.get("images_per_second"), 2), *scores)
+    widths = [max(map(len, column)) for column in zip(header, row)]
+    rule = ["-" * width for width in widths]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(cells, widths)) for cells in (header, rule, row)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def final_lines(performance: dict[str, Any], results: dict[str, Any], training_seconds: float) -> str:
@@ -190,13 +228,34 @@ def case_log(
     return file
 
 
+def _watched() -> bool:
+    """Whether a person looks at this rank."""
+    return distributed.is_main() and sys.stderr.isatty()
+
+
+def training_progress(iterations: range, meter: TrainingMeter) -> Iterator[int]:
+    """Passes the iterations on; on the main rank's terminal over a bar that says what the last log line does: rate,
+    time left, share of waiting for data, losses."""
+    if not _watched():
+        yield from iterations
+        return
+    from tqdm import tqdm
+
+    options = {"desc": "training", "bar_format": _BAR, "dynamic_ncols": True}
+    with tqdm(total=iterations.stop, initial=iterations.start, **options) as bar:
+        for iteration in iterations:
+            yield iteration
+            bar.set_postfix_str(meter.brief, refresh=False)
+            bar.update()
+
+
 def progress(iterable: Iterable[T], total: int, label: str) -> Iterator[T]:
     """Passes the items on, and shows how far they are, how fast, and how long it will take: a bar on the main rank's
     terminal, elsewhere a log line every half minute, none for what is done sooner."""
-    if distributed.is_main() and sys.stderr.isatty():
+    if _watched():
         from tqdm import tqdm
 
-        yield from tqdm(iterable, total=total, desc=label)
+        yield from tqdm(iterable, total=total, desc=label, leave=None, dynamic_ncols=True)  # under another bar it goes
         return
     started = said = time.monotonic()
     for done, item in enumerate(iterable, start=1):

@@ -14,6 +14,7 @@ from ..data.doctor.balance import object_sides
 from ..data.doctor.finding import Offender
 from ..data.images import read_image
 from ..errors import DataError
+from .charts import bars
 from .contact_sheet import inline, shrink
 from .data_report import about, name_of, title, verdict
 from .page import document
@@ -21,25 +22,19 @@ from .visualize import draw
 
 # Of each finding; longest side in pixels
 PICTURES, SIDE = 6, 480
-# Objects drawn on a picture of a whole image; classes shown without a click
-MOST_DRAWN, MOST_CLASSES = 60, 30
+# Objects drawn on a picture of a whole image
+MOST_DRAWN = 60
 _MARKS = {STOPS: ("bad", "stops training"), HURTS: ("unsure", "hurts training"), NOTE: ("soft", "note")}
 _OFFENDER, _OTHER = (230, 60, 40), (86, 180, 233)
 # How far, in shares of the longest side, a picture is continued in gray to show what lies outside the image
 _BEYOND = 0.25
 _BINS_AN_OCTAVE, _HEIGHT = 4, 130
 _STYLE = """
-.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,15rem),1fr));gap:12px;margin-top:8px}
-.pictures img{max-width:100%;display:block;border-radius:4px}.pictures figure{margin:0}
 figcaption{overflow-wrap:anywhere}section{padding-bottom:8px}section h3{margin:.25rem 0}summary{color:var(--ink)}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 12px;margin:.4rem 0}dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere}ul{margin:.3rem 0;padding-left:1.2rem;overflow-wrap:anywhere}
-svg.bars{width:100%;margin:8px 0 0}.bars rect{fill:var(--new);opacity:.75}
+svg.histogram{width:100%;margin:8px 0 0}.histogram rect{fill:var(--new);opacity:.75}
 .anchor{stroke:var(--unsure);stroke-width:1.5;stroke-dasharray:3 3}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:0 28px}
-.classes{display:grid;grid-template-columns:minmax(6rem,max-content) 1fr max-content;gap:3px 10px;align-items:center}
-.classes b{font-weight:400;overflow-wrap:anywhere}.classes span{text-align:right;font-variant-numeric:tabular-nums}
-.classes i{display:block;height:12px;min-width:1px;background:var(--new);opacity:.75;border-radius:2px}
 """
 
 
@@ -161,16 +156,9 @@ def _classes(survey: Survey) -> str:
     """Bars by falling number of objects."""
     counts = survey.classes()
     most = max(1, int(counts.max(initial=0)))
-    rows = [
-        f'<b>{escape(survey.category_names[c])}</b><i style="width:{100 * counts[c] / most:.1f}%"></i>'
-        f"<span>{counts[c]:,}</span>"
-        for c in np.argsort(-counts, kind="stable")
-    ]
-    shown = f'<h3>Objects of each class</h3><div class="classes">{"".join(rows[:MOST_CLASSES])}</div>'
-    if len(rows) <= MOST_CLASSES:
-        return shown
-    rest = f'<div class="classes">{"".join(rows[MOST_CLASSES:])}</div>'
-    return f"{shown}<details><summary>{len(rows) - MOST_CLASSES} more</summary>{rest}</details>"
+    order = np.argsort(-counts, kind="stable").tolist()
+    rows = [(survey.category_names[c], counts[c] / most, f"{counts[c]:,}") for c in order]
+    return f"<h3>Objects of each class</h3>{bars(rows)}"
 
 
 def _histogram(values: np.ndarray, anchors: Sequence[float], title: str) -> str:
@@ -195,7 +183,8 @@ def _histogram(values: np.ndarray, anchors: Sequence[float], title: str) -> str:
     label = escape(said, quote=True)
     return (
         f"<figure><figcaption>{escape(said)}</figcaption>"
-        f'<svg class="bars" height="{_HEIGHT + 24}" role="img" aria-label="{label}">{"".join(parts)}</svg></figure>'
+        f'<svg class="histogram" height="{_HEIGHT + 24}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+        "</figure>"
     )
 
 

@@ -1,0 +1,234 @@
+"""report.html: a real run's own numbers, runs side by side, what is missing, and how a browser takes it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from pages import Page, browse
+
+from maskrcnn_benchmark.errors import UserError
+from maskrcnn_benchmark.report import run_page
+from maskrcnn_benchmark.report.charts import POINTS, Line, Scale, bars, fences, line_chart
+from maskrcnn_benchmark.report.run_files import Picture, read_runs
+
+
+@pytest.fixture(scope="module")
+def trained(run, tiny_config, tmp_path_factory) -> Path:
+    """Six steps with two evaluations."""
+    output = tmp_path_factory.mktemp("runs") / "first"
+    options = ("SOLVER.EVAL_PERIOD", "3", "SAVE_CHECKPOINTS", "False", "OUTPUT_DIR", output)
+    done = run("tools/train_net.py", "--config-file", tiny_config, "--device", "cpu", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+@pytest.fixture
+def again(trained, tmp_path) -> Path:
+    """A copy to change."""
+    return shutil.copytree(trained, tmp_path / "second")
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def page_of(*runs: Path) -> Page:
+    return Page(run_page.page(read_runs(runs)))
+
+
+def missing_in(run: Path) -> str:
+    return " | ".join(read_runs([run])[0].missing)
+
+
+def test_evaluations_are_written(trained):
+    lines = lines_of(trained / "evaluations.jsonl")
+    result = json.loads((trained / "result.json").read_text())
+    assert [line["iter"] for line in lines] == [3, 6] and result["iteration"] == 6
+    assert all(line["eval_seconds"] > 0 for line in lines)
+    assert lines[-1]["bbox/AP"] == result["bbox"]["AP"] and lines[-1]["segm/AP75"] == result["segm"]["AP75"]
+
+
+def test_the_page_of_a_run_holds_its_numbers(trained):
+    text = (trained / "report.html").read_text()
+    words, result = Page(text).words, json.loads((trained / "result.json").read_text())
+    speed = result["performance"]["images_per_second"]
+    tile = words[words.index("Training speed") + 1]
+    assert float(tile.removesuffix(" images/s").replace(",", "")) == pytest.approx(speed, rel=1e-3)
+    assert words[words.index("Box AP") + 1] == f"{result['bbox']['AP']:.4f}"
+    metrics = lines_of(trained / "metrics.jsonl")
+    said = [re.fullmatch(r"iteration (\d+):  (\S+) no unit", word) for word in words]
+    losses = {int(match[1]): float(match[2]) for match in said if match}
+    assert losses == pytest.approx({line["iter"]: line["loss"] for line in metrics}, rel=1e-3)
+    for part in ("loss_mask", "loss_rpn_box_reg"):
+        assert part.removeprefix("loss_") in words
+    assert result["environment"]["device_name"] in text and "BASE_LR" in text
+    assert not read_runs([trained])[0].missing and "What is missing" not in words
+
+
+def test_the_page_needs_nothing_else(trained):
+    text = (trained / "report.html").read_text()
+    addresses = [v for _, attributes in Page(text).tags for k, v in attributes.items() if k in ("src", "href")]
+    assert len(addresses) == 5 and all(address.startswith("data:image/jpeg;base64,") for address in addresses)
+    assert not re.search(r"https?:|url\(|@import|<script|<link", text)
+    assert not list(trained.glob(".report*"))
+
+
+def test_pictures_come_worst_first(trained):
+    (files,) = read_runs([trained])
+    counted = {str(row[0]): row[1:] for row in files.details["coco_2017_val"]["images"]}
+    assert [list(picture.counts) for picture in files.pictures] == [counted[p.path.stem] for p in files.pictures]
+    qualities = [picture.quality for picture in files.pictures]
+    assert qualities == sorted(qualities) and len(qualities) == 5
+    f1 = [Picture(Path(), "", counts).quality for counts in ((4, 2, 1), (0, 0, 0), (0, 3, 0), (2, 2, 2))]
+    assert f1 == [pytest.approx(1 / 3), 1, 0, 1]  # precision 1/2 and recall 1/4: 2 / (2 + 4)
+
+
+def test_runs_side_by_side(trained, again, tmp_path):
+    result = json.loads((again / "result.json").read_text())
+    result["performance"]["images_per_second"] *= 2
+    (again / "result.json").write_text(json.dumps(result))
+    config = (again / "config.yaml").read_text()
+    (again / "config.yaml").write_text(config.replace("MAX_ITER: 6", "MAX_ITER: 66"))
+    out = tmp_path / "both.html"
+    done = subprocess.run(
+        [sys.executable, "-m", "maskrcnn_benchmark.report", trained, again, "--out", out],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout == f"{out}\n", done.stderr
+    page = Page(out.read_text())
+    words = " ".join(page.words)
+    assert "2 runs compared" in words and "(+100.0%)" in words
+    place = page.words.index("SOLVER.MAX_ITER")
+    assert page.words[place + 1 : place + 3] == ["6", "66"] and "SOLVER.BASE_LR" not in page.words
+    lines = [attributes["class"] for tag, attributes in page.tags if tag == "polyline"]
+    assert lines.count("course c0") == lines.count("course c1") > 8
+
+
+def test_a_run_is_named_where_it_is_not_one(trained, tmp_path):
+    with pytest.raises(UserError, match="is no run's directory"):
+        read_runs([trained, tmp_path])
+
+
+def test_what_is_missing_is_named(again):
+    assert missing_in(again) == ""
+    (again / "result.json").unlink()
+    assert "result.json is not there" in missing_in(again)
+    assert read_runs([again])[0].environment["device"] == "cpu"
+    (again / "environment.json").write_text("{")
+    assert "environment.json is damaged" in missing_in(again)
+    shutil.rmtree(again / "inference")
+    assert "inference/coco_2017_val_details.json is not there" in missing_in(again)
+    shutil.rmtree(again / "predictions")
+    assert "predictions/ holds no picture" in missing_in(again)
+    for name in ("metrics.jsonl", "evaluations.jsonl", "log.txt"):
+        (again / name).unlink()
+    page = page_of(again)
+    assert "What is missing" in page.words and "curves of losses" in " ".join(page.words)
+
+
+def test_damaged_lines_are_left_out(again):
+    with open(again / "metrics.jsonl", "a") as file:
+        file.write('{"iter": 7, "loss": "much"}\n[7]\n{"loss": 1}\n{"iter": 8, "lo')
+    (files,) = read_runs([again])
+    assert files.iterations == 6 and len(files.metrics["loss"]) == 6
+    assert files.missing == ["metrics.jsonl: 4 damaged lines are left out, the first is line 7"]
+    (again / "predictions" / files.pictures[0].name).write_bytes(b"no picture")
+    assert files.pictures[0].path.name in " ".join(page_of(again).words)
+
+
+def test_a_former_runs_result_is_left_out(again):
+    with open(again / "metrics.jsonl", "a") as file:
+        file.write('{"iter": 20, "loss": 1.5, "time": null}\n')
+    (files,) = read_runs([again])
+    assert files.result == {} and "is of iteration 6, but metrics.jsonl ends at 20" in files.missing[0]
+    assert "n/a" not in page_of(again).words  # accuracy is then the last evaluation's
+
+
+def test_an_evaluation_alone_has_a_page(run, again, tiny_config, tmp_path):
+    results = again / "inference" / "coco_2017_val.json"
+    options = ("--config-file", tiny_config, "--device", "cpu", "--predictions", results, "OUTPUT_DIR", tmp_path / "e")
+    done = run("tools/test_net.py", *options)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("| NAME") :].splitlines()
+    assert re.fullmatch(r"\| NAME +\| FPS +\| Box mAP \| Segm mAP \|", table[0])
+    assert re.fullmatch(r"\| 1p-.+ \| n/a \| 0\.\d{3}   \| 0\.\d{3}    \|", table[2])
+    page = Page((tmp_path / "e" / "report.html").read_text())
+    assert "Box AP" in page.words and "metrics.jsonl is not there" in " ".join(page.words)
+
+
+def test_names_cannot_break_the_page(again):
+    name = '</pre><script>alert("1")</script>&'
+    renamed = again.rename(again.with_name("a<b>&"))
+    config = (renamed / "config.yaml").read_text()
+    (renamed / "config.yaml").write_text(config + f"# {name}\n")
+    tags = {tag for tag, _ in page_of(renamed).tags}
+    assert not tags & {"script", "a"} and page_of(renamed, renamed).open == []
+
+
+def test_a_report_that_fails_does_not_end_a_run(again, monkeypatch, caplog):
+    from maskrcnn_benchmark.engine import train
+
+    before = (again / "report.html").read_text()
+    monkeypatch.setattr(run_page, "_SECTIONS", {"broken": lambda runs: 1 / 0})
+    train.write_report(again)
+    assert "python -m maskrcnn_benchmark.report" in caplog.text and (again / "report.html").read_text() == before
+
+
+# ---------------------------------------------------------------------------------------------- charts
+
+
+def test_thinned_curves_keep_spikes_and_ends():
+    x = np.arange(1, 90_001, dtype=np.float64)
+    y = np.ones_like(x)
+    y[54_321], y[7] = 99, np.nan
+    line = Line.thinned("", x, y)
+    assert len(line.y) == POINTS and line.high.max() == 99 and line.low.min() == 1
+    assert line.y.max() == pytest.approx(1 + 98 / 225, rel=0.01) and np.isfinite(line.y).all()
+    assert x[0] < line.x[0] < 226 and 89_775 < line.x[-1] < x[-1]
+    short = Line.thinned("", x[:5], y[:5])
+    assert short.y.tolist() == [1] * 5 and short.low is None
+
+
+def test_a_chart_places_its_points():
+    x, y = np.array([10.0, 20.0, 30.0]), np.array([0.0, 1.0, 0.5])
+    picture = line_chart("Speed", "m/s", [Line("a", x, y)], "iteration", limits=(0.0, 1.0), height=108)
+    (points,) = re.findall(r'points="([^"]+)"', picture)
+    # 4% of room above and below: 1 lies at 4/108 of the height, 0 at 104/108
+    assert points == "0.0,104.0 500.0,4.0 1000.0,54.0"
+    assert "Speed</b>, m/s" in picture and "iteration 20: a 1.000 m/s" in picture
+    assert line_chart("Speed", "m/s", [Line("a", x[:0], y[:0])], "iteration") == ""
+
+
+def test_points_beyond_the_axis_are_said():
+    x, y = np.arange(5.0), np.array([1.0, 1.1, 1.2, 1.3, 900.0])
+    low, high = fences(y)
+    assert low == 1 and high == pytest.approx(1.9)  # 1.3 + 3 * (1.3 - 1.1)
+    assert "1 points lie beyond" in line_chart("a", "ms", [Line("", x, y)], "run", (low, high))
+    assert Scale(1.0, 1.0).percent(1.0) == 50
+
+
+def test_many_bars_are_folded():
+    drawn = Page(bars([(f"<{n}>", n / 40, f"{n} ms") for n in range(40)]))
+    assert "10 more" in drawn.words and "<39>" in drawn.words
+    widths = [attributes["style"] for tag, attributes in drawn.tags if tag == "i"]
+    assert widths[20] == "width:50.0%"
+
+
+# ---------------------------------------------------------------------------------------------- a browser
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_it_without_scrolling_sideways(trained, again, tmp_path, width):
+    for runs in ([trained], [trained, again]):
+        wanted, shown, complaints = browse(run_page.page(read_runs(runs)), width, tmp_path)
+        assert wanted <= shown == width and complaints == []
