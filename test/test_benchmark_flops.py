@@ -35,6 +35,12 @@ def test_the_mask_head_by_hand():
     )
 
 
+def test_each_stage_of_a_cascade_may_have_its_mask_head():
+    stages = config("MODEL.CASCADE_ON", "True", "MODEL.ROI_MASK_HEAD.PER_STAGE", "True")
+    one, three = (flops.training_flops(cfg, (128, 128), backward=False).each for cfg in (config(), stages))
+    assert three == 3 * one > 0
+
+
 def test_frozen_layers_cost_no_backward_pass():
     """The stem alone by hand: 7x7 over 3 channels, 64 out, at half the size. Unfrozen it needs the gradient of its
     weights, as much again as its forward pass, and none of its input, the image."""

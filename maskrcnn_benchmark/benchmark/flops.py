@@ -53,7 +53,8 @@ def training_flops(cfg: CfgNode, size: tuple[int, int], backward: bool = True) -
 
     def count(model: RCNN, positives: int) -> int:
         for head in model.heads_after_box:
-            head.positives_per_image = positives
+            for stage in getattr(head, "stages", [head]):  # of a cascade each is taken to have as many positives
+                stage.positives_per_image = positives
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             loss = sum(model.train()(*_meta_batch(size)).values())
             if backward:

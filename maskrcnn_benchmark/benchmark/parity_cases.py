@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.anchors import AnchorGenerator
-from ..models.box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, MLPFeatureExtractor, SampledRoIs, of_class
+from ..models.box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, MLPFeatureExtractor, SampledRoIs
 from ..models.fpn import FPN
 from ..models.layers import FrozenBatchNorm2d, SyncBatchNorm2d, conv_norm, group_norm
+from ..models.losses import of_class
 from ..models.mask_head import ConvFeatureExtractor, MaskHead, MaskPredictor
 from ..models.rcnn import Normalize
 from ..models.resnet import BasicBlock, Bottleneck, Stem
@@ -546,7 +547,7 @@ def loss_cases() -> Iterator[Case]:
         yield Case(
             *("losses", f"{name}: classification and box", lambda x, *y, head=head: head.losses([x], *y)[1]),
             floats=(rows,),
-            fixed=(proposals, targets),
+            fixed=(proposals, targets, sizes),
             **rule,
         )
     yield mask_loss_case(targets, generator, rule)

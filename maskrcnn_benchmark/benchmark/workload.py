@@ -216,11 +216,14 @@ def count_rois(model: RCNN) -> RoICounts:
 
 @torch.no_grad()
 def tame(model: RCNN, images: ImageBatch) -> None:
-    """Fresh weights detect nothing. Widens the class logits, so that every image has more boxes above the score
-    threshold than detections are kept."""
+    """Fresh weights detect nothing. Widens the class logits (of each stage of a cascade), so that every image has more
+    boxes above the score threshold than detections are kept."""
+    predictors = model.roi_heads["box"].predictor.named_modules()
+    layers = [module for name, module in predictors if name.endswith("cls_score")]
     seen: list[Tensor] = []
-    handle = model.roi_heads["box"].predictor.cls_score.register_forward_hook(lambda *call: seen.append(call[2]))
+    handles = [layer.register_forward_hook(lambda *call: seen.append(call[2].std())) for layer in layers]
     model.eval()
     model(images)
-    handle.remove()
-    model.roi_heads["box"].predictor.cls_score.weight *= LOGIT_STD / seen[0].std()
+    for layer, handle, std in zip(layers, handles, seen):
+        handle.remove()
+        layer.weight *= LOGIT_STD / std

@@ -14,6 +14,11 @@ CHOICES = {
     "MODEL.RPN.ANCHOR_ROUNDING": ("none", "corners", "stride"),
     "MODEL.RPN.ANCHOR_GRID": ("grid", "image"),
     "MODEL.RPN.LOSS_NORMALIZER": ("sampled", "batch"),
+    "MODEL.RPN.CLS_LOSS": ("SigmoidCrossEntropy", "SigmoidFocalLoss"),
+    "MODEL.ROI_HEADS.BBOX_ASSIGNER": ("BBoxAssigner", "LibraBBoxAssigner"),
+    "MODEL.ROI_HEADS.NMS_TYPE": ("MultiClassNMS", "MultiClassSoftNMS", "MultiClassCiouNMS"),
+    "MODEL.ROI_BOX_HEAD.BBOX_LOSS": ("SmoothL1Loss", "GIoULoss", "DIoULoss", "CIoULoss"),
+    "MODEL.ROI_BOX_CASCADE_HEAD.SCORE_AVERAGE": ("probabilities", "logits"),
     "MODEL.RPN.RANK_BY": ("logit", "probability"),
     "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR": (
         "ResNet50Conv5ROIFeatureExtractor",
@@ -94,6 +99,10 @@ LISTS = {
     "MODEL.RPN.ANCHOR_STRIDE": (int, 1, True),
     "MODEL.RPN.ASPECT_RATIOS": (NUMBER, 1, True),
     "MODEL.ROI_HEADS.BBOX_REG_WEIGHTS": (NUMBER, 4, True),
+    "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": (NUMBER, 1, True),
+    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": ((tuple, list), 1, False),
+    "MODEL.ROI_BOX_CASCADE_HEAD.LOSS_WEIGHTS": (NUMBER, 1, False),
+    "MODEL.AUG_FPN.RATIOS": (NUMBER, 1, True),
     "MODEL.ROI_BOX_HEAD.POOLER_SCALES": (NUMBER, 1, True),
     "MODEL.ROI_MASK_HEAD.POOLER_SCALES": (NUMBER, 1, True),
     "MODEL.ROI_MASK_HEAD.CONV_LAYERS": (int, 1, True),
@@ -137,6 +146,8 @@ def check(cfg: CfgNode) -> None:
         _require(not get(cfg, key), f"{key} is True, which this version does not build; set it to False")
     _check_input(cfg)
     _check_model(cfg)
+    _check_cascade(cfg)
+    _check_options(cfg)
     _check_solver(cfg)
     _check_expected(cfg)
     _check_metrics(cfg)
@@ -145,7 +156,7 @@ def check(cfg: CfgNode) -> None:
 
 
 def _check_rpn_only(cfg: CfgNode) -> None:
-    for key in ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "TEST.BBOX_AUG.ENABLED"):
+    for key in ("MODEL.CASCADE_ON", "MODEL.MASK_ON", "MODEL.KEYPOINT_ON", "TEST.BBOX_AUG.ENABLED"):
         _require(not get(cfg, key), f"{key} and MODEL.RPN_ONLY are both True; the RPN gives one view's boxes alone")
     _require(
         tuple(cfg.TEST.METRICS) == ("coco",),
@@ -326,6 +337,45 @@ def _check_mask_head(cfg: CfgNode, convolutions: bool) -> None:
         f"MODEL.ROI_MASK_HEAD.RESOLUTION is {head.RESOLUTION}, but POOLER_RESOLUTION {head.POOLER_RESOLUTION} makes "
         f"it {resolution}",
     )
+
+
+def _check_cascade(cfg: CfgNode) -> None:
+    key, cascade = "MODEL.ROI_BOX_CASCADE_HEAD", cfg.MODEL.ROI_BOX_CASCADE_HEAD
+    for weights in cascade.BBOX_REG_WEIGHTS:
+        _check_list(f"{key}.BBOX_REG_WEIGHTS", weights, NUMBER, 4, True)
+    for name in ("BBOX_REG_WEIGHTS", "LOSS_WEIGHTS"):
+        _require(
+            len(cascade[name]) == len(cascade.IOUS),
+            f"{key}.{name} has {len(cascade[name])} stages, but IOUS has {len(cascade.IOUS)}",
+        )
+    _require(
+        parse(cfg.MODEL.BACKBONE.CONV_BODY).neck == "FPN" or not cfg.MODEL.CASCADE_ON,
+        f"MODEL.CASCADE_ON needs a body with FPN, not {cfg.MODEL.BACKBONE.CONV_BODY}",
+    )
+    _require(
+        cfg.MODEL.CASCADE_ON or not cfg.MODEL.ROI_MASK_HEAD.PER_STAGE,
+        "MODEL.ROI_MASK_HEAD.PER_STAGE is True, but MODEL.CASCADE_ON is False: there is one stage",
+    )
+
+
+def _check_options(cfg: CfgNode) -> None:
+    """Values that would do nothing, or harm."""
+    body, aug = parse(cfg.MODEL.BACKBONE.CONV_BODY), cfg.MODEL.AUG_FPN
+    no_heads = cfg.MODEL.RPN_ONLY or cfg.MODEL.RETINANET_ON
+    for name in ("RESIDUAL_AUGMENTATION", "CONSISTENT_SUPERVISION", "SOFT_ROI_SELECTION"):
+        fits = body.neck == "FPN" and (not body.width or name == "SOFT_ROI_SELECTION")
+        _require(
+            fits or not aug[name],
+            f"MODEL.AUG_FPN.{name} is True, but {cfg.MODEL.BACKBONE.CONV_BODY} has no such pyramid; R-50-FPN has",
+        )
+        _require(
+            not (no_heads and aug[name] and name != "RESIDUAL_AUGMENTATION"),
+            f"MODEL.AUG_FPN.{name} is True, but there is no box head with RPN_ONLY or RETINANET_ON",
+        )
+    alpha, gamma = cfg.MODEL.RPN.FOCAL_LOSS_ALPHA, cfg.MODEL.RPN.FOCAL_LOSS_GAMMA
+    _require(0 <= alpha <= 1 and gamma >= 0, f"MODEL.RPN.FOCAL_LOSS_ALPHA {alpha} must be 0..1, GAMMA {gamma} >= 0")
+    sigma = cfg.MODEL.ROI_HEADS.SOFT_NMS_SIGMA
+    _require(sigma > 0, f"MODEL.ROI_HEADS.SOFT_NMS_SIGMA is {sigma}; it must be above 0")
 
 
 def _check_solver(cfg: CfgNode) -> None:

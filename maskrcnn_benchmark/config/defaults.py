@@ -32,6 +32,11 @@ _C.MODEL.ALLOW_PICKLE = False
 _C.MODEL.MASK_ON = False
 # One box regression for all classes instead of one a class
 _C.MODEL.CLS_AGNOSTIC_BBOX_REG = False
+# (+) Cascade R-CNN: box heads in a row, MODEL.ROI_BOX_CASCADE_HEAD
+_C.MODEL.CASCADE_ON = False
+# (+) Where MODEL.WEIGHT was made for other classes: class layers that do not fit keep their fresh weights, and the log
+# names them. False: another number of classes is an error
+_C.MODEL.REPLACE_HEADS = False
 # A region proposal network alone, judged by the average recall of its boxes. Upstream's RetinaNet yamls set it too,
 # where it says nothing more than RETINANET_ON
 _C.MODEL.RPN_ONLY = False
@@ -80,6 +85,17 @@ _C.MODEL.FPN = CN()
 _C.MODEL.FPN.USE_GN = False
 # ReLU after each FPN convolution
 _C.MODEL.FPN.USE_RELU = False
+
+# (+) AugFPN's three parts (Guo et al. 2020), with -FPN bodies
+_C.MODEL.AUG_FPN = CN()
+# (+) Context of C5 at RATIOS of its sides, added to the top of the pyramid
+_C.MODEL.AUG_FPN.RESIDUAL_AUGMENTATION = False
+_C.MODEL.AUG_FPN.RATIOS = (0.1, 0.2, 0.3)
+# (+) In training, a further box head learns on every lateral map; its losses count SUPERVISION_WEIGHT times
+_C.MODEL.AUG_FPN.CONSISTENT_SUPERVISION = False
+_C.MODEL.AUG_FPN.SUPERVISION_WEIGHT = 0.25
+# (+) RoI features are a learned sum of those from all levels, in place of the one that suits the box's size
+_C.MODEL.AUG_FPN.SOFT_ROI_SELECTION = False
 
 _C.MODEL.RETINANET = CN()
 # Classes and the background
@@ -172,6 +188,10 @@ _C.MODEL.RPN.FPN_POST_NMS_PER_BATCH = True
 _C.MODEL.RPN.SMOOTH_L1_BETA = 1.0 / 9
 # (+) sampled: losses over the anchors sampled. batch: over BATCH_SIZE_PER_IMAGE x images (detectron2)
 _C.MODEL.RPN.LOSS_NORMALIZER = "sampled"
+# (+) SigmoidCrossEntropy, or SigmoidFocalLoss over the number of positives, with the alpha and gamma below
+_C.MODEL.RPN.CLS_LOSS = "SigmoidCrossEntropy"
+_C.MODEL.RPN.FOCAL_LOSS_ALPHA = 0.25
+_C.MODEL.RPN.FOCAL_LOSS_GAMMA = 2.0
 # (+) The best anchors are chosen by their logit or, as upstream does, by their probability, in which float32 makes
 # large logits equal
 _C.MODEL.RPN.RANK_BY = "logit"
@@ -187,10 +207,16 @@ _C.MODEL.ROI_HEADS.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 # Proposals sampled for the loss, an image, and the most of them that may be positive
 _C.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 512
 _C.MODEL.ROI_HEADS.POSITIVE_FRACTION = 0.25
+# (+) BBoxAssigner: negatives at random. LibraBBoxAssigner: as many from each third of the overlaps (Libra R-CNN)
+_C.MODEL.ROI_HEADS.BBOX_ASSIGNER = "BBoxAssigner"
 # Detections: least score, IoU for NMS within a class, most an image
 _C.MODEL.ROI_HEADS.SCORE_THRESH = 0.05
 _C.MODEL.ROI_HEADS.NMS = 0.5
 _C.MODEL.ROI_HEADS.DETECTIONS_PER_IMG = 100
+# (+) MultiClassNMS, MultiClassCiouNMS, or MultiClassSoftNMS: scores fall with exp(-IoU^2 / SOFT_NMS_SIGMA), and
+# ROI_HEADS.NMS is not used; PaddleX advises 300 detections from score .01 on
+_C.MODEL.ROI_HEADS.NMS_TYPE = "MultiClassNMS"
+_C.MODEL.ROI_HEADS.SOFT_NMS_SIGMA = 0.5
 
 _C.MODEL.ROI_BOX_HEAD = CN()
 # ResNet50Conv5ROIFeatureExtractor (C4), FPN2MLPFeatureExtractor or FPNXconv1fcFeatureExtractor
@@ -215,6 +241,25 @@ _C.MODEL.ROI_BOX_HEAD.DILATION = 1
 _C.MODEL.ROI_BOX_HEAD.USE_GN = False
 # (+) Smooth L1's bend in the box loss; 0 is L1
 _C.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1.0
+# (+) SmoothL1Loss, GIoULoss, DIoULoss or CIoULoss, and its weight: PaddleX and MMDetection weigh the latter three by 10
+_C.MODEL.ROI_BOX_HEAD.BBOX_LOSS = "SmoothL1Loss"
+_C.MODEL.ROI_BOX_HEAD.BBOX_LOSS_WEIGHT = 1.0
+
+_C.MODEL.ROI_BOX_CASCADE_HEAD = CN()
+# (+) With CASCADE_ON, in place of ROI_HEADS' thresholds: the IoU that makes a positive, a stage each
+_C.MODEL.ROI_BOX_CASCADE_HEAD.IOUS = (0.5, 0.6, 0.7)
+# (+) The box coder's weights a stage, the inverse of MMDetection's target_stds
+_C.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS = (
+    (10.0, 10.0, 5.0, 5.0),
+    (20.0, 20.0, 10.0, 10.0),
+    (30.0, 30.0, 15.0, 15.0),
+)
+# (+) What each stage's losses count (detectron2: 1, 1, 1)
+_C.MODEL.ROI_BOX_CASCADE_HEAD.LOSS_WEIGHTS = (1.0, 0.5, 0.25)
+# (+) Share of the stages' gradient that the pyramid gets (detectron2: 1 / stages)
+_C.MODEL.ROI_BOX_CASCADE_HEAD.FEATURE_GRADIENT = 1.0
+# (+) Scores: mean of the stages' probabilities (the paper, detectron2), or softmax of their mean logits (MMDetection)
+_C.MODEL.ROI_BOX_CASCADE_HEAD.SCORE_AVERAGE = "probabilities"
 
 _C.MODEL.ROI_MASK_HEAD = CN()
 # ResNet50Conv5ROIFeatureExtractor (C4) or MaskRCNNFPNFeatureExtractor
@@ -234,6 +279,8 @@ _C.MODEL.ROI_MASK_HEAD.RESOLUTION = 14
 # C4: the mask head reads the box head's features
 _C.MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR = True
 _C.MODEL.ROI_MASK_HEAD.USE_GN = False
+# (+) With CASCADE_ON: a mask head a stage, whose masks are averaged (MMDetection), or one, of the first stage's RoIs
+_C.MODEL.ROI_MASK_HEAD.PER_STAGE = False
 # Upstream's switch to paste masks in the model; results are always in image pixels here, so only the default is taken
 _C.MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS = False
 # A pixel belongs to the object from this probability on

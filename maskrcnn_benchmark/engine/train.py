@@ -315,7 +315,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.DTYPE == "float16" and device.grad_scaler)
     content = load_state(cfg, output, model, optimizer, scaler) if resume else None
     if content is None and cfg.MODEL.WEIGHT:
-        load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE)
+        load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE, cfg.MODEL.REPLACE_HEADS)
     start, best = (content["iteration"], content["best"]) if content else (0, -1.0)
     if content and (output / BEST).is_file():
         # Scored after the checkpoint was written, when evaluation overlaps with training

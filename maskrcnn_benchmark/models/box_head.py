@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import box_coder, boxes, matching, nms
+from ..ops.distance_nms import distance_nms
+from ..ops.soft_nms import soft_nms
 from ..structures import Detections, Proposals, Targets, flatten_valid
 from .layers import Linear, Norm, conv, normal_layer, with_relu
+from .losses import RoIRows, roi_losses
 from .resnet import make_stage
 from .roi_pool import RoIPool
-from .sampling import sample
+from .sampling import Sample, overlap_groups, sample
 
 
 def linear(in_features: int, out_features: int, norm: Norm | None = None) -> nn.Module:
@@ -100,7 +102,7 @@ class SampledRoIs:
 
     boxes [B, S, 4]; valid, positive [B, S] bool; labels [B, S] int64, 0 for negatives; matched [B, S] int64, the
     ground truth of each; wanted [B, S, 4], the ground truth's box. features: the extractor's output for the valid
-    rows, and rows [R] int64, which of the B * S they are.
+    rows, and rows [R] int64, which of the B * S they are. refined: of a cascade, the same for each further stage.
     """
 
     boxes: Tensor
@@ -111,12 +113,22 @@ class SampledRoIs:
     wanted: Tensor
     features: Tensor | None = None
     rows: Tensor | None = None
+    refined: tuple[SampledRoIs, ...] = ()
+
+    def flatten(self, compact: bool) -> tuple[Tensor, RoIRows]:
+        """`rows` [R] and what lies there, as structures.flatten_valid gives it."""
+        fields = (self.boxes, image_index_of(self.valid), self.labels, self.positive, self.wanted)
+        rows, weight, flat = flatten_valid(self.valid, fields, compact)
+        return rows, RoIRows(*flat, weight=weight, count=self.valid.sum().clamp(min=1))
 
 
 class BoxHead(nn.Module):
     """Pool, extract, predict; then losses or detections.
 
     reg_weights: the box coder's weights of dx, dy, dw, dh.
+    box_loss, box_loss_weight: losses.box_loss's kind, and what it is multiplied by.
+    balance_negatives: as many negatives of each third of the overlaps below background_iou (Libra R-CNN).
+    nms_type: MultiClassNMS, MultiClassSoftNMS (with soft_nms_sigma, without nms_threshold) or MultiClassCiouNMS.
     plus_one: maskrcnn-benchmark's arithmetic: a box keeps one pixel of the image.
     compact: drop padded rows (structures.flatten_valid).
     """
@@ -132,8 +144,13 @@ class BoxHead(nn.Module):
         batch_size: int = 512,
         positive_fraction: float = 0.25,
         smooth_l1_beta: float = 1.0,
+        box_loss: str = "SmoothL1Loss",
+        box_loss_weight: float = 1.0,
+        balance_negatives: bool = False,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
+        nms_type: str = "MultiClassNMS",
+        soft_nms_sigma: float = 0.5,
         detections_per_image: int = 100,
         plus_one: bool = False,
         compact: bool = False,
@@ -145,10 +162,12 @@ class BoxHead(nn.Module):
         self.reg_weights = reg_weights
         self.foreground_iou, self.background_iou = foreground_iou, background_iou
         self.batch_size, self.positive_fraction = batch_size, positive_fraction
-        self.smooth_l1_beta = smooth_l1_beta
+        self.smooth_l1_beta, self.box_loss, self.box_loss_weight = smooth_l1_beta, box_loss, box_loss_weight
+        self.balance_negatives = balance_negatives
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
+        self.nms_type, self.soft_nms_sigma = nms_type, soft_nms_sigma
         self.detections_per_image = detections_per_image
-        self.plus_one = plus_one
+        self.least_side = 1.0 if plus_one else 0.0  # of a box cut to its image
         self.compact = compact
 
     def forward(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,24 +176,27 @@ class BoxHead(nn.Module):
         return (x, *self.predictor(x))
 
     def losses(
-        self, features: list[Tensor], proposals: Proposals, targets: Targets
+        self, features: list[Tensor], proposals: Proposals, targets: Targets, sizes: Tensor
     ) -> tuple[SampledRoIs, dict[str, Tensor]]:
-        """The sampled proposals, for the heads that follow, and the classification and box losses."""
+        """The sampled proposals, for the heads that follow, and the classification and box losses.
+
+        sizes: [B, 2] (height, width) of each image, which a cascade needs.
+        """
         chosen = self.sample(proposals, targets)
-        image = image_index_of(chosen.valid)
-        fields = (chosen.boxes, image, chosen.labels, chosen.positive, chosen.wanted)
-        chosen.rows, weight, (box, image, label, positive, wanted) = flatten_valid(chosen.valid, fields, self.compact)
-        chosen.features, logits, deltas = self(features, box, image)
-        with torch.no_grad():
-            wanted = torch.where(positive[:, None], box_coder.encode(wanted, box, self.reg_weights), 0.0)
-            count = chosen.valid.sum().clamp(min=1)
-        classification = F.cross_entropy(logits.float(), label, reduction="none")
-        delta = of_class(deltas.float().unflatten(1, (-1, 4)), label)
-        regression = F.smooth_l1_loss(delta, wanted, reduction="none", beta=self.smooth_l1_beta).sum(-1)
-        return chosen, {
-            "loss_classifier": (classification * weight).sum() / count,
-            "loss_box_reg": (regression * positive).sum() / count,
-        }
+        *_, losses = self.learn(features, chosen, self.reg_weights)
+        return chosen, losses
+
+    def learn(
+        self, features: list[Tensor], chosen: SampledRoIs, reg_weights: tuple[float, ...], *part: int
+    ) -> tuple[RoIRows, Tensor, Tensor, dict[str, Tensor]]:
+        """The rows of `chosen`, whose features it keeps, their logits and deltas, and the losses.
+
+        part: what further `forward` takes, the stage of a cascade.
+        """
+        chosen.rows, rows = chosen.flatten(self.compact)
+        chosen.features, logits, deltas = self(features, rows.boxes, rows.image, *part)
+        kind = (self.box_loss, self.smooth_l1_beta, self.box_loss_weight)
+        return rows, logits, deltas, roi_losses(logits, deltas, rows, reg_weights, *kind)
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, targets: Targets) -> SampledRoIs:
@@ -184,16 +206,12 @@ class BoxHead(nn.Module):
         matched, label = matching.match(
             targets.boxes, targets.valid, candidates, self.foreground_iou, self.background_iou, False
         )
-        chosen = sample(torch.where(valid, label, -1), self.batch_size, self.positive_fraction)
-        matched = matched.gather(1, chosen.index)
-        return SampledRoIs(
-            boxes=take(candidates, chosen.index),
-            valid=chosen.valid,
-            positive=chosen.positive,
-            labels=torch.where(chosen.positive, targets.labels.gather(1, matched), 0),
-            matched=matched,
-            wanted=take(targets.boxes, matched),
-        )
+        label = torch.where(valid, label, -1)
+        groups = None
+        if self.balance_negatives:
+            groups = overlap_groups(candidates, take(targets.boxes, matched), self.background_iou)
+        chosen = sample(label, self.batch_size, self.positive_fraction, groups)
+        return sampled_rois(candidates, targets, matched, chosen)
 
     def detect(self, features: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
         """Each (proposal, class) pair above the score threshold, NMS within a class, the best of all."""
@@ -207,22 +225,46 @@ class BoxHead(nn.Module):
         fields = (proposals.boxes, image_index_of(proposals.valid))
         rows, _, (box, image) = flatten_valid(proposals.valid, fields, self.compact)
         _, logits, deltas = self(features, box, image)
-        score = logits.float().softmax(-1)[:, 1:]
+        return self.pairs(rows, box, logits.float().softmax(-1), deltas, proposals.valid.shape, sizes)
+
+    def pairs(
+        self, rows: Tensor, box: Tensor, probability: Tensor, deltas: Tensor, shape: torch.Size, sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`candidates` from rows [R] of B x K = shape: box [R, 4], probability [R, classes], deltas [R, ...]."""
+        score = probability[:, 1:]
         delta = deltas.float().unflatten(1, (-1, 4))[:, 1:]
         decoded = box_coder.decode(delta, box[:, None], self.reg_weights).expand(-1, score.shape[1], -1)
-        shape = proposals.valid.shape
+        group = torch.arange(score.shape[1], device=score.device).repeat(shape[1]).expand(shape[0], -1)
         score = unflatten(rows, score, shape).flatten(1)
-        decoded = unflatten(rows, decoded, shape).flatten(1, 2)
-        decoded = boxes.clip(decoded, sizes, least_side=1.0 if self.plus_one else 0.0)
-        group = torch.arange(logits.shape[1] - 1, device=score.device).repeat(shape[1]).expand(shape[0], -1)
+        decoded = boxes.clip(unflatten(rows, decoded, shape).flatten(1, 2), sizes, self.least_side)
         return decoded, score, group, (score > self.score_threshold) & decoded.isfinite().all(-1)
 
     def select(self, boxes: Tensor, score: Tensor, group: Tensor, candidate: Tensor) -> Detections:
         """The best of the candidates after NMS within each group."""
-        index, keep = nms.nms(boxes, score, group, candidate, self.nms_threshold, self.detections_per_image)
-        return Detections(
-            boxes=take(boxes, index), scores=score.gather(1, index), labels=group.gather(1, index) + 1, valid=keep
-        )
+        rows, limit = (boxes, score, group, candidate), self.detections_per_image
+        if self.nms_type == "MultiClassSoftNMS":
+            least = self.score_threshold
+            index, keep, score = soft_nms(*rows, True, self.nms_threshold, self.soft_nms_sigma, least, limit)
+        else:
+            if self.nms_type == "MultiClassCiouNMS":
+                index, keep = distance_nms(*rows, self.nms_threshold, True, limit)
+            else:
+                index, keep = nms.nms(*rows, self.nms_threshold, limit)
+            score = score.gather(1, index)
+        return Detections(boxes=take(boxes, index), scores=score, labels=group.gather(1, index) + 1, valid=keep)
+
+
+def sampled_rois(candidates: Tensor, targets: Targets, matched: Tensor, chosen: Sample) -> SampledRoIs:
+    """The chosen of candidates [B, A, 4], with the ground truth that is `matched` [B, A] to each."""
+    matched = matched.gather(1, chosen.index)
+    return SampledRoIs(
+        boxes=take(candidates, chosen.index),
+        valid=chosen.valid,
+        positive=chosen.positive,
+        labels=torch.where(chosen.positive, targets.labels.gather(1, matched), 0),
+        matched=matched,
+        wanted=take(targets.boxes, matched),
+    )
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
@@ -233,11 +275,6 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
 def image_index_of(valid: Tensor) -> Tensor:
     """[B, K] int64: for each row the image it belongs to."""
     return torch.arange(len(valid), device=valid.device)[:, None].expand(valid.shape)
-
-
-def of_class(rows: Tensor, label: Tensor) -> Tensor:
-    """Of [R, classes, ...] the part of each row's class; class-agnostic parts ([R, 2, ...]) serve all labels."""
-    return rows[torch.arange(len(rows), device=rows.device), label.clamp(max=rows.shape[1] - 1)]
 
 
 def unflatten(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:

@@ -13,7 +13,9 @@ from ..config.legacy import describe_conventions
 from ..device import Device
 from ..errors import ConfigError
 from .anchors import AnchorGenerator, octave_sizes
+from .aug_fpn import AugFPN, AuxiliaryHead, SoftRoIPool
 from .box_head import BoxHead, BoxPredictor, Conv5FeatureExtractor, ConvFCFeatureExtractor, MLPFeatureExtractor
+from .cascade import CascadeBoxHead, CascadeMaskHead
 from .fpn import FPN, HRFPN, LastLevelMaxPool, LastLevelP6P7
 from .hrnet import HRNet
 from .keypoint_head import KeypointHead, KeypointPredictor
@@ -45,6 +47,7 @@ def build_rcnn(cfg: CfgNode, device: Device) -> RCNN:
         box_head=box_head,
         mask_head=build_mask_head(cfg, channels, box_head, device.compacts) if model.MASK_ON else None,
         keypoint_head=build_keypoint_head(cfg, channels, device.compacts) if model.KEYPOINT_ON else None,
+        auxiliary_head=build_auxiliary_head(cfg, channels, device.compacts),
         channels_last=device.channels_last,
     )
 
@@ -138,9 +141,13 @@ def build_neck(cfg: CfgNode, in_channels: list[int]) -> nn.Module:
     norm = build_norm(cfg, "GN") if cfg.MODEL.FPN.USE_GN else None
     if form.width:
         return HRFPN(in_channels, channels, norm, cfg.MODEL.FPN.USE_RELU)
-    retinanet = form.neck == "FPN-RETINANET"
+    aug, retinanet = cfg.MODEL.AUG_FPN, form.neck == "FPN-RETINANET"
     top = LastLevelP6P7(in_channels[-1], channels, cfg.MODEL.RETINANET.USE_C5) if retinanet else LastLevelMaxPool()
-    return FPN(in_channels, channels, norm, cfg.MODEL.FPN.USE_RELU, first_level=2 if retinanet else 1, top_blocks=top)
+    options = {"norm": norm, "relu": cfg.MODEL.FPN.USE_RELU, "first_level": 2 if retinanet else 1, "top_blocks": top}
+    if not (aug.RESIDUAL_AUGMENTATION or aug.CONSISTENT_SUPERVISION):
+        return FPN(in_channels, channels, **options)
+    ratios = tuple(aug.RATIOS) if aug.RESIDUAL_AUGMENTATION else ()
+    return AugFPN(in_channels, channels, ratios, give_laterals=aug.CONSISTENT_SUPERVISION, **options)
 
 
 def build_backbone(cfg: CfgNode) -> tuple[nn.Sequential, int]:
@@ -179,14 +186,20 @@ def build_rpn(cfg: CfgNode, channels: int) -> RPN:
         straddle=rpn.STRADDLE_THRESH,
         smooth_l1_beta=rpn.SMOOTH_L1_BETA,
         loss_normalizer=rpn.LOSS_NORMALIZER,
+        focal=(rpn.FOCAL_LOSS_ALPHA, rpn.FOCAL_LOSS_GAMMA) if rpn.CLS_LOSS == "SigmoidFocalLoss" else None,
         rank_by=rpn.RANK_BY,
         plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
     )
 
 
-def build_pool(head: CfgNode, plus_one: bool) -> RoIPool:
+def build_pool(cfg: CfgNode, head: CfgNode, channels: int) -> RoIPool | SoftRoIPool:
+    pool = plain_pool(cfg, head)
+    return SoftRoIPool(pool, channels) if cfg.MODEL.AUG_FPN.SOFT_ROI_SELECTION else pool
+
+
+def plain_pool(cfg: CfgNode, head: CfgNode) -> RoIPool:
     sampling_ratio, aligned = head.POOLER_SAMPLING_RATIO, head.POOLER_ALIGNED
-    return RoIPool(head.POOLER_SCALES, head.POOLER_RESOLUTION, sampling_ratio, aligned, plus_one)
+    return RoIPool(head.POOLER_SCALES, head.POOLER_RESOLUTION, sampling_ratio, aligned, cfg.MODEL.LEGACY_PLUS_ONE)
 
 
 def build_box_extractor(cfg: CfgNode, channels: int) -> nn.Module:
@@ -205,28 +218,61 @@ def build_box_extractor(cfg: CfgNode, channels: int) -> nn.Module:
     return MLPFeatureExtractor(channels, box.POOLER_RESOLUTION, box.MLP_HEAD_DIM, norm)
 
 
+def build_box_layers(cfg: CfgNode, channels: int) -> tuple[nn.Module, BoxPredictor]:
+    """A feature extractor and the predictor behind it."""
+    extractor, classes = build_box_extractor(cfg, channels), cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES
+    return extractor, BoxPredictor(extractor.out_channels, classes, cfg.MODEL.CLS_AGNOSTIC_BBOX_REG)
+
+
 def build_box_head(cfg: CfgNode, channels: int, compact: bool) -> BoxHead:
-    heads, box = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD
-    extractor = build_box_extractor(cfg, channels)
-    return BoxHead(
-        pool=build_pool(box, cfg.MODEL.LEGACY_PLUS_ONE),
-        feature_extractor=extractor,
-        predictor=BoxPredictor(extractor.out_channels, box.NUM_CLASSES, cfg.MODEL.CLS_AGNOSTIC_BBOX_REG),
-        reg_weights=tuple(heads.BBOX_REG_WEIGHTS),
-        foreground_iou=heads.FG_IOU_THRESHOLD,
-        background_iou=heads.BG_IOU_THRESHOLD,
-        batch_size=heads.BATCH_SIZE_PER_IMAGE,
-        positive_fraction=heads.POSITIVE_FRACTION,
-        smooth_l1_beta=box.SMOOTH_L1_BETA,
-        score_threshold=heads.SCORE_THRESH,
-        nms_threshold=heads.NMS,
-        detections_per_image=heads.DETECTIONS_PER_IMG,
-        plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
-        compact=compact,
+    heads, box, cascade = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_BOX_CASCADE_HEAD
+    options = {
+        "batch_size": heads.BATCH_SIZE_PER_IMAGE,
+        "positive_fraction": heads.POSITIVE_FRACTION,
+        "smooth_l1_beta": box.SMOOTH_L1_BETA,
+        "box_loss": box.BBOX_LOSS,
+        "box_loss_weight": box.BBOX_LOSS_WEIGHT,
+        "balance_negatives": heads.BBOX_ASSIGNER == "LibraBBoxAssigner",
+        "score_threshold": heads.SCORE_THRESH,
+        "nms_threshold": heads.NMS,
+        "nms_type": heads.NMS_TYPE,
+        "soft_nms_sigma": heads.SOFT_NMS_SIGMA,
+        "detections_per_image": heads.DETECTIONS_PER_IMG,
+        "plus_one": cfg.MODEL.LEGACY_PLUS_ONE,
+        "compact": compact,
+    }
+    pool = build_pool(cfg, box, channels)
+    if cfg.MODEL.CASCADE_ON:
+        extractors, predictors = zip(*(build_box_layers(cfg, channels) for _ in cascade.IOUS))
+        stages = (cascade.IOUS, tuple(map(tuple, cascade.BBOX_REG_WEIGHTS)), cascade.LOSS_WEIGHTS)
+        how = {"feature_gradient": cascade.FEATURE_GRADIENT, "average": cascade.SCORE_AVERAGE}
+        return CascadeBoxHead(pool, extractors, predictors, *stages, **how, **options)
+    options |= {"foreground_iou": heads.FG_IOU_THRESHOLD, "background_iou": heads.BG_IOU_THRESHOLD}
+    return BoxHead(pool, *build_box_layers(cfg, channels), reg_weights=tuple(heads.BBOX_REG_WEIGHTS), **options)
+
+
+def build_auxiliary_head(cfg: CfgNode, channels: int, compact: bool) -> AuxiliaryHead | None:
+    """Learns what the (first) box head learns, on the laterals."""
+    aug, heads, box, cascade = (
+        cfg.MODEL[name] for name in ("AUG_FPN", "ROI_HEADS", "ROI_BOX_HEAD", "ROI_BOX_CASCADE_HEAD")
     )
+    if not aug.CONSISTENT_SUPERVISION:
+        return None
+    weights = cascade.BBOX_REG_WEIGHTS[0] if cfg.MODEL.CASCADE_ON else heads.BBOX_REG_WEIGHTS
+    criterion = {"kind": box.BBOX_LOSS, "beta": box.SMOOTH_L1_BETA, "box_weight": box.BBOX_LOSS_WEIGHT}
+    layers = build_box_layers(cfg, channels)
+    return AuxiliaryHead(plain_pool(cfg, box), *layers, tuple(weights), aug.SUPERVISION_WEIGHT, compact, **criterion)
 
 
-def build_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact: bool) -> MaskHead:
+def build_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact: bool) -> MaskHead | CascadeMaskHead:
+    cascade = cfg.MODEL.ROI_BOX_CASCADE_HEAD
+    if cfg.MODEL.ROI_MASK_HEAD.PER_STAGE:
+        stages = [build_one_mask_head(cfg, channels, box_head, compact) for _ in cascade.IOUS]
+        return CascadeMaskHead(stages, cascade.LOSS_WEIGHTS)
+    return build_one_mask_head(cfg, channels, box_head, compact)
+
+
+def build_one_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact: bool) -> MaskHead:
     heads, mask = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_MASK_HEAD
     if mask.SHARE_BOX_FEATURE_EXTRACTOR:
         extractor = box_head.feature_extractor
@@ -234,7 +280,7 @@ def build_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact: boo
         norm = build_norm(cfg, "GN") if mask.USE_GN else None
         extractor = ConvFeatureExtractor(channels, tuple(mask.CONV_LAYERS), norm, mask.DILATION)
     return MaskHead(
-        pool=build_pool(mask, cfg.MODEL.LEGACY_PLUS_ONE),
+        pool=build_pool(cfg, mask, channels),
         feature_extractor=extractor,
         predictor=MaskPredictor(extractor.out_channels, mask.CONV_LAYERS[-1], cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES),
         share_features=mask.SHARE_BOX_FEATURE_EXTRACTOR,
@@ -249,7 +295,7 @@ def build_keypoint_head(cfg: CfgNode, channels: int, compact: bool) -> KeypointH
     heads, keypoint = cfg.MODEL.ROI_HEADS, cfg.MODEL.ROI_KEYPOINT_HEAD
     extractor = ConvFeatureExtractor(channels, tuple(keypoint.CONV_LAYERS), name="conv_fcn")
     return KeypointHead(
-        pool=build_pool(keypoint, cfg.MODEL.LEGACY_PLUS_ONE),
+        pool=build_pool(cfg, keypoint, channels),
         feature_extractor=extractor,
         predictor=KeypointPredictor(extractor.out_channels, keypoint.NUM_CLASSES),
         positives=keypoint.POSITIVES,

@@ -60,14 +60,21 @@ class FPN(nn.Module):
         self.top_blocks = top_blocks or LastLevelMaxPool()
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
+        return self.top_down(self.laterals(features), features[-1])
+
+    def laterals(self, features: list[Tensor]) -> list[Tensor]:
+        """M2..M5: the maps, of `out_channels` each."""
+        return [getattr(self, inner)(feature) for inner, feature in zip(self.inner, features)]
+
+    def top_down(self, laterals: list[Tensor], c5: Tensor) -> list[Tensor]:
+        """P2..P5 and what `top_blocks` adds."""
         top, outputs = None, []
-        for feature, inner, layer in zip(reversed(features), reversed(self.inner), reversed(self.layer)):
-            lateral = getattr(self, inner)(feature)
+        for lateral, layer in zip(reversed(laterals), reversed(self.layer)):
             if top is not None:
                 lateral = lateral + F.interpolate(top, size=lateral.shape[-2:], mode="nearest")
             top = lateral
             outputs.insert(0, getattr(self, layer)(top))
-        return outputs + self.top_blocks(features[-1], outputs[-1])
+        return outputs + self.top_blocks(c5, outputs[-1])
 
 
 class HRFPN(nn.Module):

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..structures import Detections, ImageBatch, Targets
+from .aug_fpn import AuxiliaryHead
 from .box_head import BoxHead
+from .cascade import CascadeMaskHead
 from .keypoint_head import KeypointHead
 from .mask_head import MaskHead
 from .rpn import RPN
@@ -65,6 +67,7 @@ class RCNN(Detector):
 
     backbone: [B, 3, H, W] -> list of maps. Any module will do.
     box_head: None for a region proposal network alone, whose proposals are the detections, all of label 1.
+    auxiliary_head: adds losses in training, and nothing else.
     channels_last: the memory format the network runs in.
     """
 
@@ -74,8 +77,9 @@ class RCNN(Detector):
         backbone: nn.Module,
         rpn: RPN,
         box_head: BoxHead | None,
-        mask_head: MaskHead | None = None,
+        mask_head: MaskHead | CascadeMaskHead | None = None,
         keypoint_head: KeypointHead | None = None,
+        auxiliary_head: AuxiliaryHead | None = None,
         channels_last: bool = False,
     ) -> None:
         super().__init__(normalize, backbone)
@@ -85,10 +89,12 @@ class RCNN(Detector):
             self.roi_heads["mask"] = mask_head
         if keypoint_head is not None:
             self.roi_heads["keypoint"] = keypoint_head
+        if auxiliary_head is not None:
+            self.roi_heads["auxiliary"] = auxiliary_head
         self.set_memory_format(channels_last)
 
     @property
-    def mask_head(self) -> MaskHead | None:
+    def mask_head(self) -> MaskHead | CascadeMaskHead | None:
         return dict(self.roi_heads.items()).get("mask")
 
     @property
@@ -97,9 +103,9 @@ class RCNN(Detector):
         return self.rpn.plus_one
 
     @property
-    def heads_after_box(self) -> list[MaskHead | KeypointHead]:
+    def heads_after_box(self) -> list[MaskHead | CascadeMaskHead | KeypointHead]:
         """Those that look at the proposals chosen by the box head, or at its detections."""
-        return [head for name, head in self.roi_heads.items() if name != "box"]
+        return [head for name, head in self.roi_heads.items() if name not in ("box", "auxiliary")]
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
         """With targets the losses by name, each a scalar; without them Detections in pixels of the resized images."""
@@ -113,10 +119,12 @@ class RCNN(Detector):
             for head in self.heads_after_box:
                 detections = head.detect(features, detections)
             return detections
-        chosen, box_losses = box_head.losses(features, proposals, targets)
+        chosen, box_losses = box_head.losses(features, proposals, targets, images.sizes)
         losses |= box_losses
         for head in self.heads_after_box:
             losses |= head.losses(features, chosen, targets)
+        if self.training and "auxiliary" in self.roi_heads:
+            losses |= self.roi_heads["auxiliary"].losses(features, chosen, targets)
         return losses
 
     def candidates(

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import box_coder, boxes, matching, nms
@@ -15,6 +14,7 @@ from ..structures import Detections, ImageBatch, Targets
 from .anchors import AnchorGenerator
 from .box_head import take
 from .layers import Conv2d, normal_layer
+from .losses import box_loss
 from .rcnn import Detector, Normalize
 from .rpn import inside
 
@@ -141,13 +141,13 @@ class RetinaNet(Detector):
             positive = label == 1
             classes = targets.labels.gather(1, matched) + int(self.background_channel)
             classes = torch.where(positive, classes, label.long())
-            wanted = box_coder.encode(take(targets.boxes, matched), anchors, self.coder_weights)
-            wanted = torch.where(positive[..., None], wanted, 0.0)
+            wanted = torch.where(positive[..., None], take(targets.boxes, matched), anchors)
         # Level by level: all levels' logits in one tensor would be a copy of hundreds of megabytes.
         parts = zip(logits, classes.split([len(level) for level in levels], 1))
         classification = sum(self._focal(logit, wanted_class) for logit, wanted_class in parts)
-        regression = F.smooth_l1_loss(torch.cat(deltas, 1), wanted, reduction="none", beta=self.smooth_l1_beta)
-        regression = (regression.sum(-1) * positive).sum(1) / self.box_loss_divisor
+        coder, beta = self.coder_weights, self.smooth_l1_beta
+        regression = box_loss("SmoothL1Loss", torch.cat(deltas, 1), anchors, wanted, coder, beta)
+        regression = (regression * positive).sum(1) / self.box_loss_divisor
         by_class, by_box = self._normalizers(positive.sum(1))
         return {
             "loss_retina_cls": (classification / by_class).sum(),

@@ -28,6 +28,10 @@ class RoIPool:
         image_index [R] -> [R, C, S, S]."""
         epsilon = 1e-6 if self.plus_one else 1e-8
         level = roi_align.assign_levels(boxes, self.min_level, self.max_level, epsilon=epsilon)
+        return self.from_levels(features, boxes, image_index, level)
+
+    def from_levels(self, features: list[Tensor], boxes: Tensor, image_index: Tensor, level: Tensor) -> Tensor:
+        """The same, each box from its own of `level` [R]."""
         return roi_align.roi_align(
             features[: len(self.scales)],
             box_ops.to_inclusive(boxes) if self.plus_one else boxes,

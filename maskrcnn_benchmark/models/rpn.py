@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import box_coder, boxes, matching, nms
+from ..ops import boxes, matching, nms
 from ..ops.proposals import WEIGHTS, decode_and_clip
 from ..structures import Proposals, Targets
 from .anchors import AnchorGenerator
 from .layers import Conv2d, normal_layer, with_relu
+from .losses import box_loss, objectness_loss
 from .sampling import sample
 
 
@@ -37,6 +37,7 @@ class RPN(nn.Module):
     post_nms_per_batch: in training the best post_nms of the whole batch, as Detectron did.
     straddle: anchors further outside the image than this are left out of the loss; negative: none.
     loss_normalizer: "sampled" (number of sampled anchors) or "batch" (batch_size x images, detectron2).
+    focal: (alpha, gamma) of a focal loss of objectness in place of cross entropy.
     rank_by: what the best anchors are chosen by: "logit", or "probability", in which float32 makes large logits equal.
     plus_one: maskrcnn-benchmark's arithmetic: a proposal keeps one pixel of the image, and `straddle` counts from an
         anchor's last pixel.
@@ -58,6 +59,7 @@ class RPN(nn.Module):
         straddle: float = -1,
         smooth_l1_beta: float = 1 / 9,
         loss_normalizer: str = "sampled",
+        focal: tuple[float, float] | None = None,
         rank_by: str = "logit",
         plus_one: bool = False,
     ) -> None:
@@ -69,7 +71,7 @@ class RPN(nn.Module):
         self.foreground_iou, self.background_iou = foreground_iou, background_iou
         self.batch_size, self.positive_fraction = batch_size, positive_fraction
         self.straddle = straddle
-        self.smooth_l1_beta, self.loss_normalizer = smooth_l1_beta, loss_normalizer
+        self.smooth_l1_beta, self.loss_normalizer, self.focal = smooth_l1_beta, loss_normalizer, focal
         self.rank_by, self.plus_one = rank_by, plus_one
 
     def forward(
@@ -77,11 +79,12 @@ class RPN(nn.Module):
     ) -> tuple[Proposals, dict[str, Tensor]]:
         """
         Args:
-            features: [B, C, H, W] a level.
+            features: [B, C, H, W] a level; those beyond the anchors' levels are for other heads.
             image_shape: (height, width) of the padded batch.
             sizes: [B, 2] (height, width) of each image.
             targets: ground truth; without it there are no losses.
         """
+        features = features[: len(self.anchors.strides)]
         logits, deltas = self.head(features)
         anchors = self.anchors([f.shape[-2:] for f in features], image_shape, features[0].device)
         logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits]
@@ -130,16 +133,15 @@ class RPN(nn.Module):
                 label = torch.where(inside(corners, sizes, self.straddle), label, -1)
             chosen = sample(label, self.batch_size, self.positive_fraction)
             truth = targets.boxes.gather(1, matched.gather(1, chosen.index)[..., None].expand(-1, -1, 4))
-            wanted = box_coder.encode(truth, anchors[chosen.index], WEIGHTS)
-            wanted = torch.where(chosen.positive[..., None], wanted, 0.0)
+            box = anchors[chosen.index]
+            truth = torch.where(chosen.positive[..., None], truth, box)
             count = chosen.valid.sum().clamp(min=1)
             normalizer = self.batch_size * len(logits) if self.loss_normalizer == "batch" else count
         logit = logits.gather(1, chosen.index)
         delta = deltas.gather(1, chosen.index[..., None].expand(-1, -1, 4))
-        objectness = F.binary_cross_entropy_with_logits(logit, chosen.positive.float(), reduction="none")
-        regression = F.smooth_l1_loss(delta, wanted, reduction="none", beta=self.smooth_l1_beta).sum(-1)
+        regression = box_loss("SmoothL1Loss", delta, box, truth, WEIGHTS, self.smooth_l1_beta)
         return {
-            "loss_objectness": (objectness * chosen.valid).sum() / normalizer,
+            "loss_objectness": objectness_loss(logit, chosen.positive, chosen.valid, normalizer, self.focal),
             "loss_rpn_box_reg": (regression * chosen.positive).sum() / normalizer,
         }
 

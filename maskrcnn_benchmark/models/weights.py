@@ -27,6 +27,11 @@ Rules = list[tuple[str, str | Callable[[re.Match], str]]]
 DERIVED = re.compile(
     r"(^|\.)(num_batches_tracked|positives_average|pixel_mean|pixel_std|anchor_generator\.cell_anchors\.\d+)$"
 )
+# Layers that have a part for each class or keypoint of the data. An RPN's cls_logits have one for each anchor, as has
+# its bbox_pred, so that other anchors are refused nevertheless.
+CLASS_LAYERS = re.compile(
+    r"^(roi_heads\..*\.(cls_score|bbox_pred|mask_fcn_logits|kps_score_lowres)|rpn\.head\.cls_logits)\.(weight|bias)$"
+)
 STEM = "backbone.body.stem.conv1.weight"  # the convolution that reads the image
 CLASSIFIER = re.compile(r"^(fc|stem\.fc|fc1000|pred)(\.|_)")  # the ImageNet classifier of a backbone's file
 
@@ -174,11 +179,11 @@ def convert(state: State, source: str, ratios: int = 3) -> tuple[State, str]:
     return renamed, name
 
 
-def load_weights(model: nn.Module, path: str, allow_pickle: bool = False) -> str:
+def load_weights(model: nn.Module, path: str, allow_pickle: bool = False, replace_heads: bool = False) -> str:
     """Loads the file into the model and returns the name of its format.
 
     A whole model's file must match name for name and shape for shape. A backbone's file must fill the whole body; the
-    rest keeps its fresh weights.
+    rest keeps its fresh weights. replace_heads: so do layers of another number of classes, whose names are logged.
 
     Raises:
         CheckpointError: the file is missing or damaged, or belongs to another model.
@@ -194,6 +199,8 @@ def load_weights(model: nn.Module, path: str, allow_pickle: bool = False) -> str
     res5 = "backbone.body.layer4."
     if name.endswith("backbone") and not any(key.startswith(res5) for key in wanted):
         state = _move_res5_to_head(state, model, wanted, res5)
+    if replace_heads:
+        _drop_other_classes(state, wanted, path)
     check_match(state, wanted, path)
     model.load_state_dict(state, strict=False)
     logger.info("loaded %d tensors from %s (%s)", len(state), path, name)
@@ -223,6 +230,14 @@ def _move_res5_to_head(state: State, model: nn.Module, wanted: State, res5: str)
             if source in state:
                 result[key] = state[source]
     return result
+
+
+def _drop_other_classes(state: State, wanted: State, source: str) -> None:
+    """Takes from both the layers a class whose shapes differ."""
+    for key in [key for key in state if key in wanted and CLASS_LAYERS.search(key)]:
+        if state[key].shape != wanted[key].shape:
+            there, here = tuple(state.pop(key).shape), tuple(wanted.pop(key).shape)
+            logger.warning("%s: dropped %s, which is %s there and %s here; it starts fresh", source, key, there, here)
 
 
 def check_match(state: State, wanted: State, source: str) -> None:
