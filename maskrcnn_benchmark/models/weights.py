@@ -265,6 +265,11 @@ CATALOG = {
     "ImageNetPretrained/MSRA/R-101": "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/MSRA/R-101.pkl",
     "ImageNetPretrained/MSRA/R-50-GN": "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/47261647/R-50-GN.pkl",
     "ImageNetPretrained/MSRA/R-101-GN": "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/47592356/R-101-GN.pkl",
+    "torchvision/resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "torchvision/resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    "torchvision/resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+    "torchvision/fasterrcnn_resnet50_fpn": "https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+    "torchvision/maskrcnn_resnet50_fpn": "https://download.pytorch.org/models/maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
 }
 
 
@@ -283,9 +288,10 @@ def resolve(path: str) -> Path:
     address = CATALOG[name]
     file = cache_dir() / address.rsplit("/", 1)[1]
     if not file.is_file():
+        pickle_ = " (and set MODEL.ALLOW_PICKLE True)" if file.suffix == ".pkl" else ""
         raise CheckpointError(
             f"MODEL.WEIGHT {path} is not on this machine, and nothing is downloaded implicitly: download {address} to "
-            f'{file} (and set MODEL.ALLOW_PICKLE True), or train from scratch with MODEL.WEIGHT ""'
+            f'{file}{pickle_}, or train from scratch with MODEL.WEIGHT ""'
         )
     return file
 
