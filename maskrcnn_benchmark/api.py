@@ -367,13 +367,13 @@ class FasterRCNN:
             "SOLVER.GAMMA": lr_decay_gamma,
             "LOGGING.TENSORBOARD": use_vdl,
             "SOLVER.EARLY_STOP_PATIENCE": early_stop_patience if early_stop else 0,
-            **train_data_keys(train_dataset),
             "DATASETS.TEST": (),
             **(test_data_keys(eval_dataset, train_batch_size, metric) if eval_dataset else {}),
+            **train_data_keys(train_dataset),
         }
         if eval_dataset and eval_dataset.data_dir != train_dataset.data_dir:
             raise ConfigError("train_dataset and eval_dataset have different data_dir: give full paths in their names")
-        cfg = self._configured(keys)
+        cfg = self._configured(keys, eval_dataset.transforms if eval_dataset else None)
         device = get_device(cfg.MODEL.DEVICE)
         with distributed.process_group(device):
             setup_logging(prepare_output(cfg), distributed.rank(), cfg.LOGGING.RANK_LOGS)
@@ -399,7 +399,7 @@ class FasterRCNN:
         """
         predictor = self._trained("evaluate")
         keys = test_data_keys(eval_dataset, batch_size, metric)
-        cfg = self._configured(keys | {"LOGGING.PREDICTION_IMAGES": 0})
+        cfg = self._configured(keys | {"LOGGING.PREDICTION_IMAGES": 0}, eval_dataset.transforms)
         with distributed.process_group(predictor.device), tempfile.TemporaryDirectory() as directory:
             tests = test_datasets(cfg)
             scores = evaluate_model(cfg, predictor.device, predictor.model, tests, Path(directory))
@@ -425,8 +425,7 @@ class FasterRCNN:
         """`predict` of several images, which go through the model together."""
         predictor = self._trained("predict")
         if transforms is not None:
-            cfg = self._configured(eval_keys(transforms))
-            predictor = replace(predictor, cfg=cfg)
+            predictor = replace(predictor, cfg=self._configured(eval_keys(transforms), transforms))
         pictures = [_as_rgb(image) for image in img_file_list]
         found = detect_images(predictor, pictures) if pictures else []
         return [[_described(result, predictor.category_names) for result in results] for results in found]
@@ -450,8 +449,14 @@ class FasterRCNN:
         model.cfg, model._predictor = predictor.cfg, predictor
         return model
 
-    def _configured(self, keys: Mapping[str, Any]) -> CfgNode:
-        return parse_config(dump(self.cfg), "the model", _pairs({**keys, **self._overrides}))
+    def _configured(self, keys: Mapping[str, Any], eval_transforms: Sequence[Spec] | None) -> CfgNode:
+        """The model's configuration with these keys. Raises ConfigError, also where transforms for evaluation or
+        prediction normalize otherwise than it."""
+        cfg = parse_config(dump(self.cfg), "the model", _pairs({**keys, **self._overrides}))
+        for transform in known_transforms.build(list(eval_transforms or [])):
+            if isinstance(transform, known_transforms.Normalize):
+                transform.check(cfg)
+        return cfg
 
     def _weights_keys(self, weights: str | Path | None) -> dict[str, Any]:
         if weights is None:

@@ -2,9 +2,9 @@
 
     python docs/tutorials/balloons.py
 
-MMDetection's recipe for the balloons, whose pictures are drawn here so that nothing is downloaded. Of
-configs/cascade_mask_rcnn_R_50_AugFPN_balloon.yaml, which tools/train_net.py runs on the real ones, this has the same parts, narrow
-and small: one CPU core needs less than a minute.
+MMDetection's recipe for the balloons, whose pictures are drawn here so that nothing is downloaded. This has the
+parts of configs/cascade_mask_rcnn_R_50_AugFPN_balloon.yaml, which tools/train_net.py runs on the real ones, narrow and
+small: one CPU core needs less than a minute.
 """
 
 import json

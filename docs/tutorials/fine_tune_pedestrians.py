@@ -2,8 +2,8 @@
 
     python docs/tutorials/fine_tune_pedestrians.py
 
-torchvision's tutorial on the Penn-Fudan pedestrians. Their pictures are drawn here, and the model to start from is trained
-for a moment first, so that nothing is downloaded; it is narrow, so that one CPU core needs less than a minute.
+torchvision's tutorial on the Penn-Fudan pedestrians. Their pictures are drawn here, and the model to start from is
+trained for a moment first, so that nothing is downloaded; it is narrow, so that one CPU core needs less than a minute.
 """
 
 import json
