@@ -79,6 +79,8 @@ NOT_NEGATIVE = (
     "SOLVER.WARMUP_ITERS",
     "SOLVER.EVAL_PERIOD",
     "SOLVER.CHECKPOINTS_KEPT",
+    "SOLVER.SAVE_EPOCHS",
+    "SOLVER.EARLY_STOP_PATIENCE",
     "LOGGING.WARMUP_STEPS",
     "MODEL.RETINANET.NUM_CONVS",
     "MODEL.RETINANET.BBOX_REG_BETA",
@@ -392,6 +394,12 @@ def _check_solver(cfg: CfgNode) -> None:
     _require(
         solver.IMS_PER_BATCH % solver.ACCUMULATE_STEPS == 0,
         f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not divisible by ACCUMULATE_STEPS {solver.ACCUMULATE_STEPS}",
+    )
+    evaluated = (solver.EVAL_PERIOD or solver.SAVE_EPOCHS or cfg.PER_EPOCH_EVAL) and cfg.DATASETS.TEST
+    _require(
+        not solver.EARLY_STOP_PATIENCE or bool(evaluated),
+        f"SOLVER.EARLY_STOP_PATIENCE is {solver.EARLY_STOP_PATIENCE}, but nothing is evaluated while training: set "
+        "DATASETS.TEST, and SOLVER.EVAL_PERIOD, SOLVER.SAVE_EPOCHS or PER_EPOCH_EVAL",
     )
     _require(len(size) > 0 and min(size) > 0, f"INPUT.MIN_SIZE_TRAIN is {tuple(size)}; it needs at least one size")
     _require(

@@ -398,6 +398,10 @@ _C.SOLVER.CHECKPOINT_PERIOD = 2500
 _C.SOLVER.CHECKPOINTS_KEPT = 0
 # (+) Iterations from one evaluation to the next; 0: only at the end
 _C.SOLVER.EVAL_PERIOD = 0
+# (+) When above 0: a checkpoint and an evaluation after every so many epochs, in place of both periods above
+_C.SOLVER.SAVE_EPOCHS = 0
+# (+) Training stops when so many evaluations in a row are no better than the best before them; 0: never
+_C.SOLVER.EARLY_STOP_PATIENCE = 0
 
 _C.MLPERF = CN()
 # Training stops at the first evaluation that reaches both; 0, 0: never
@@ -422,7 +426,7 @@ _C.TEST.EVALUATOR = "hotcoco"
 # (+) What is computed: coco, and also voc07 (11 points), voc (area under the curve), cityscapes (masks)
 _C.TEST.METRICS = ("coco",)
 # (+) Score while training goes on. auto: with an accelerator and cores that neither ranks nor data workers use; always;
-# never. A run that stops at MLPERF's targets waits for every score
+# never. A run that may stop at MLPERF's targets or at a plateau waits for every score
 _C.TEST.OVERLAP = "auto"
 # e.g. [["bbox", "AP", [0.377, 0.003]], ...]: the run fails when a result is not within SIGMA_TOL x sigma of the mean
 _C.TEST.EXPECTED_RESULTS = []

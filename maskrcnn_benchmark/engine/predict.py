@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from ..config import parse_config
+from ..config import dump, parse_config
 from ..data.images import read_image
 from ..data.loader import collate
 from ..data.transforms import Sample, build_transforms
@@ -80,6 +80,24 @@ def load_predictor(weights: Path, device: Device) -> Predictor:
     return Predictor(cfg, device, model.eval(), content["category_ids"], names, limbs)
 
 
+def save_predictor(predictor: Predictor, path: Path) -> None:
+    """A checkpoint that `load_predictor` and MODEL.WEIGHT take; no run continues from it, as it has no optimizer."""
+    content = {
+        "model": predictor.model.state_dict(),
+        "optimizer": {},
+        "scaler": {},
+        "iteration": 0,
+        "best": -1.0,
+        "world_size": 1,
+        "config": dump(predictor.cfg),
+        "category_ids": predictor.category_ids,
+        "category_names": [predictor.category_names[i] for i in predictor.category_ids],
+        "keypoint_limbs": predictor.limbs,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomically(path, lambda file: torch.save(content, file))
+
+
 def find_inputs(inputs: Sequence[str]) -> list[Path]:
     """Files as they are; of a directory and of a pattern such as `photos/**/*.jpg` the images and videos, by name.
 
@@ -115,7 +133,7 @@ def predict(predictor: Predictor, paths: Sequence[Path], batch: int) -> Iterator
     while group := list(itertools.islice(inputs, batch)):
         readable = [prediction for prediction in group if prediction.image is not None]
         if readable:
-            for prediction, results in zip(readable, _detect(predictor, [p.image for p in readable])):
+            for prediction, results in zip(readable, detect_images(predictor, [p.image for p in readable])):
                 prediction.results = results
         yield from group
 
@@ -156,7 +174,9 @@ def _frame_count(path: Path) -> int:
 
 
 @torch.no_grad()
-def _detect(predictor: Predictor, pictures: list[np.ndarray]) -> list[list[dict[str, Any]]]:
+def detect_images(predictor: Predictor, pictures: list[np.ndarray]) -> list[list[dict[str, Any]]]:
+    """The COCO results of each of these pictures [H, W, 3] uint8 RGB, all through the model at a time; image_id is the
+    place in the list."""
     cfg, device = predictor.cfg, predictor.device
     samples = [
         Sample(image, image_id=i, image_index=i, original_size=image.shape[:2]) for i, image in enumerate(pictures)

@@ -73,7 +73,8 @@ def write_results(results: Results, path: Path) -> None:
 
 def overlaps(cfg: CfgNode, device: Device) -> bool:
     """Whether TEST.OVERLAP lets training go on while results are scored."""
-    if cfg.TEST.OVERLAP == "never" or cfg.MLPERF.MIN_BBOX_MAP or cfg.MLPERF.MIN_SEGM_MAP:
+    may_stop = cfg.MLPERF.MIN_BBOX_MAP or cfg.MLPERF.MIN_SEGM_MAP or cfg.SOLVER.EARLY_STOP_PATIENCE
+    if cfg.TEST.OVERLAP == "never" or may_stop:
         return False
     if cfg.TEST.OVERLAP == "always":
         return True

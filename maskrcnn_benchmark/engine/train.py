@@ -71,6 +71,7 @@ class Run:
     metrics: MetricsWriter
     start: int = 0
     best: float = -1.0
+    without_gain: int = 0
     scores: dict[str, Any] = field(default_factory=dict)
     scored_at: int | None = None
     scorer: scoring.Background = field(default_factory=scoring.Background)
@@ -123,6 +124,12 @@ def train(run: Run) -> int:
         if reached_target(run):
             logger.info("MLPERF.MIN_BBOX_MAP and MIN_SEGM_MAP are reached at iteration %d: training stops", done)
             break
+        if due.evaluate and run.without_gain >= cfg.SOLVER.EARLY_STOP_PATIENCE > 0:
+            logger.info(
+                "%d evaluations without gain over %.4f (SOLVER.EARLY_STOP_PATIENCE): training stops at iteration %d",
+                *(run.without_gain, run.best, done),
+            )
+            break
     collect(run, wait=True)
     return done
 
@@ -169,9 +176,12 @@ class Due:
 def _due(cfg: CfgNode, steps_per_epoch: int, done: int, total: int) -> Due:
     """What follows step `done`. A checkpoint is preceded by a reading of the losses: none is written after a NaN."""
     solver, last = cfg.SOLVER, done == total
-    evaluate_ = bool(solver.EVAL_PERIOD and done % solver.EVAL_PERIOD == 0)
+    periods = solver.CHECKPOINT_PERIOD, solver.EVAL_PERIOD
+    if solver.SAVE_EPOCHS:
+        periods = (solver.SAVE_EPOCHS * steps_per_epoch,) * 2
+    evaluate_ = bool(periods[1] and done % periods[1] == 0)
     evaluate_ = not last and (evaluate_ or (cfg.PER_EPOCH_EVAL and done % steps_per_epoch == 0))
-    checkpoint_ = cfg.SAVE_CHECKPOINTS and not last and done % solver.CHECKPOINT_PERIOD == 0
+    checkpoint_ = cfg.SAVE_CHECKPOINTS and not last and done % periods[0] == 0
     return Due(done % cfg.LOGGING.PERIOD == 0 or last or evaluate_ or checkpoint_, evaluate_, checkpoint_)
 
 
@@ -230,8 +240,9 @@ def record(run: Run, done: int, scores: dict[str, Any], content: dict[str, Any] 
     run.metrics.evaluated({"iter": done, "eval_seconds": round(scores["eval_seconds"], 3), **named})
     task = _tasks(run)[-1]
     score = run.scores[task][METRICS[task][0]]
+    run.without_gain += 1
     if score is not None and score > run.best:
-        run.best = score
+        run.best, run.without_gain = score, 0
         if content is not None:
             logger.info("wrote %s", checkpoint.save(run.output, BEST, content | {"best": score}, last=False))
     write_report(run.output)
@@ -282,6 +293,7 @@ def checkpoint_content(run: Run, done: int) -> dict[str, Any]:
         "scaler": run.scaler.state_dict(),
         "iteration": done,
         "best": run.best,
+        "without_gain": run.without_gain,
         "config": dump(run.cfg),
         "category_ids": run.dataset.category_ids,
         "category_names": run.dataset.category_names,
@@ -299,8 +311,8 @@ def _copy_to_host(value: Any) -> Any:
     return [_copy_to_host(entry) for entry in value] if isinstance(value, list) else value
 
 
-def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
-    """Everything of a run, fresh or at the state of its last checkpoint."""
+def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool | Path) -> Run:
+    """Everything of a run, fresh or at the state of a checkpoint: the one given, or its last."""
     rank, world_size = distributed.rank(), distributed.world_size()
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: name a data set of data/catalog.py, such as coco_2017_train")
@@ -315,7 +327,10 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
     model = build_model(cfg, device)
     optimizer = make_optimizer(cfg, model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.DTYPE == "float16" and device.grad_scaler)
-    content = load_state(cfg, output, model, optimizer, scaler) if resume else None
+    content = None
+    if resume:
+        path = resume if isinstance(resume, Path) else find_last(output)
+        content = load_state(cfg, path, model, optimizer, scaler) if path else None
     if content is None and cfg.MODEL.WEIGHT:
         load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE, cfg.MODEL.REPLACE_HEADS)
     start, best = (content["iteration"], content["best"]) if content else (0, -1.0)
@@ -342,6 +357,8 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
         metrics=MetricsWriter(output, cfg.LOGGING.TENSORBOARD, start),
         start=start,
         best=best,
+        # Checkpoints of before there was SOLVER.EARLY_STOP_PATIENCE do not count
+        without_gain=content.get("without_gain", 0) if content else 0,
     )
 
 
@@ -360,13 +377,19 @@ def parallelize(model: nn.Module, device: Device) -> nn.Module:
     )
 
 
-def load_state(cfg: CfgNode, output: Path, model: nn.Module, optimizer, scaler) -> dict[str, Any] | None:
-    """Loads the run's last checkpoint; None, with a line in the log, when there is none yet."""
+def find_last(output: Path) -> Path | None:
+    """The run's last checkpoint; None, with a line in the log, when there is none yet."""
     path = checkpoint.last(output)
     if path is None:
         logger.info("--resume: %s holds no %s, so the run starts from the beginning", output, checkpoint.LAST)
-        return None
+    return path
+
+
+def load_state(cfg: CfgNode, path: Path, model: nn.Module, optimizer, scaler) -> dict[str, Any]:
+    """Loads a checkpoint into model, optimizer and scaler, and returns all it holds. Raises CheckpointError."""
     content = checkpoint.read(path)
+    if not content["optimizer"]:
+        raise CheckpointError(f"{path} holds a model without its optimizer: start anew with the file as MODEL.WEIGHT")
     checkpoint.load_model(model, content, path)
     before = parse_config(content["config"], f"the configuration in {path}")
     if before.SOLVER.OPTIMIZER != cfg.SOLVER.OPTIMIZER:
@@ -394,8 +417,11 @@ def load_state(cfg: CfgNode, output: Path, model: nn.Module, optimizer, scaler) 
     return content
 
 
-def run_training(cfg: CfgNode, device: Device, resume: bool = False, skip_test: bool = False) -> Run:
-    """A whole run: train, evaluate, write result.json. Returns the run; its `scores` are empty without a test."""
+def run_training(cfg: CfgNode, device: Device, resume: bool | Path = False, skip_test: bool = False) -> Run:
+    """A whole run: train, evaluate, write result.json. Returns the run; its `scores` are empty without a test.
+
+    resume: continue from OUTPUT_DIR's last checkpoint, or from this one.
+    """
     begun = mllog.now_ms()
     output = prepare_output(cfg)
     for op in environment.KERNELS:
