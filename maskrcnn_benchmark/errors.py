@@ -33,3 +33,9 @@ class ResultError(UserError):
     """The measured accuracy missed TEST.EXPECTED_RESULTS."""
 
     exit_code = 1
+
+
+class Terminated(UserError):
+    """SIGTERM; the message says what was saved."""
+
+    exit_code = 143

@@ -397,6 +397,11 @@ _C.SOLVER.CHECKPOINTS_KEPT = 0
 # (+) Iterations from one evaluation to the next; 0: only at the end
 _C.SOLVER.EVAL_PERIOD = 0
 
+_C.DISTRIBUTED = CN()
+# (+) Seconds without progress after which a run of several ranks ends with the name of the rank that the others wait
+# for; they also wait while the main rank scores a large test set
+_C.DISTRIBUTED.TIMEOUT = 3600
+
 _C.MLPERF = CN()
 # Training stops at the first evaluation that reaches both; 0, 0: never
 _C.MLPERF.MIN_BBOX_MAP = 0.0

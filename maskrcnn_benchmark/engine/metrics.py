@@ -32,14 +32,18 @@ class LossWindow:
             NonFiniteLossError: on every rank, when a step of any rank had a NaN or infinite loss.
         """
         values = torch.stack([losses for _, losses, _ in self._steps])
-        problem = distributed.first_message(self._non_finite(values.cpu()))
+        problem = distributed.first_message(self.problem())
         if problem is not None:
             raise NonFiniteLossError(problem)
         means = distributed.mean(values.mean(0)).tolist()
         self._steps.clear()
         return {"loss": sum(means), **dict(zip(self.names, means))}
 
-    def _non_finite(self, values: Tensor) -> str | None:
+    def problem(self) -> str | None:
+        """What is wrong with this rank's losses since the last reading, if anything. Waits for the device."""
+        if not self._steps:
+            return None
+        values = torch.stack([losses for _, losses, _ in self._steps]).cpu()
         bad = ~values.isfinite()
         if not bad.any():
             return None

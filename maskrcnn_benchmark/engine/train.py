@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,14 @@ from ..data.catalog import check_same_categories, check_same_keypoints
 from ..data.coco import CocoDataset
 from ..data.loader import train_loader
 from ..device import Device
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, Terminated
 from ..evaluation.coco import format_table
 from ..models.build import build_model
 from ..models.weights import load_weights
 from ..report import mllog
 from ..report.console import TrainingMeter
 from ..structures import ImageBatch, Targets
-from . import checkpoint, distributed, scoring
+from . import checkpoint, distributed, scoring, watch
 from .datasets import open_dataset, test_datasets
 from .inference import combine, evaluate_model, run_model
 from .metrics import LossWindow, MetricsWriter
@@ -70,6 +70,7 @@ class Run:
     meter: TrainingMeter
     metrics: MetricsWriter
     start: int = 0
+    done: int = 0
     best: float = -1.0
     scores: dict[str, Any] = field(default_factory=dict)
     scored_at: int | None = None
@@ -77,7 +78,7 @@ class Run:
     pending: Pending | None = None
     loss: float | None = None
     losses: LossWindow = field(default_factory=LossWindow)
-    written: list[Path] = field(default_factory=list)
+    termination: watch.Termination = field(default_factory=watch.Termination)
     performance: dict[str, Any] = field(default_factory=dict)
     mllog: mllog.MLLog = field(default_factory=mllog.MLLog)
 
@@ -98,18 +99,24 @@ def train(run: Run) -> int:
     finished ones."""
     cfg, total, done = run.cfg, run.schedule.total, run.start
     run.parallel.train()
+    if run.scored_at != done > 0 and _due(cfg, run.steps_per_epoch, done, total).evaluate:
+        evaluate(run, done, scoring.overlaps(cfg, run.device))  # the former run was ended before its scores were there
     for iteration in range(run.start, total):
+        watch.at("reading data", iteration)
         run.mllog.begin_step(iteration)
         set_learning_rate(run.optimizer, run.schedule.lr(iteration))
         distributed.seed_step(cfg.SEED, iteration)
         waited = time.perf_counter()
-        batches = [next(run.batches) for _ in range(cfg.SOLVER.ACCUMULATE_STEPS)]
+        with run.termination.between_steps():
+            batches = [next(run.batches) for _ in range(cfg.SOLVER.ACCUMULATE_STEPS)]
+        watch.at("computing")
         started = time.perf_counter()
         losses = train_step(run, batches)
-        done = iteration + 1
+        done = run.done = iteration + 1
         run.losses.add(done, losses, [image for images, _ in batches for image in images.image_ids])
         due = _due(cfg, run.steps_per_epoch, done, total)
         if due.log:
+            watch.at("exchanging losses")
             values = run.losses.read()  # waits for the device: the only place where a step does
         run.meter.add(time.perf_counter() - waited, started - waited)
         if due.log:
@@ -200,11 +207,13 @@ def evaluate(run: Run, done: int, overlapped: bool = False) -> None:
     distributed.share_buffers(run.model)
     run.mllog.eval_start(done)
     if not overlapped:
-        scores = evaluate_model(run.cfg, run.device, run.model, run.test, run.output)
+        with run.termination.between_steps():
+            scores = evaluate_model(run.cfg, run.device, run.model, run.test, run.output)
         record(run, done, scores, checkpoint_content(run, done) if saves(run) else None)
         return
     started = time.perf_counter()
-    requests = run_model(run.cfg, run.device, run.model, run.test, run.output)
+    with run.termination.between_steps():
+        requests = run_model(run.cfg, run.device, run.model, run.test, run.output)
     if requests:
         content = _copy_to_host(checkpoint_content(run, done)) if saves(run) else None
         run.pending = Pending(done, started, run.scorer.submit(requests), content)
@@ -259,12 +268,26 @@ def save(run: Run, done: int, name: str, last: bool = True) -> None:
     predict.py needs nothing else."""
     if not saves(run):
         return
+    watch.at("writing a checkpoint")
     path = checkpoint.save(run.output, name, checkpoint_content(run, done), last)
     logger.info("wrote %s", path)
-    if name == numbered(done):
-        run.written.append(path)
-        if len(run.written) > run.cfg.SOLVER.CHECKPOINTS_KEPT > 0:
-            run.written.pop(0).unlink(missing_ok=True)
+    if run.cfg.SOLVER.CHECKPOINTS_KEPT:
+        checkpoint.keep(run.output, run.cfg.SOLVER.CHECKPOINTS_KEPT)
+
+
+def save_and_leave(run: Run) -> NoReturn:
+    """After SIGTERM, between two steps: the state of the last one, on the main rank.
+
+    Raises:
+        Terminated: always, with what was saved.
+    """
+    problem = run.losses.problem()
+    if problem is None and saves(run):
+        save(run, run.done, numbered(run.done))
+    kept = f"saved as {run.output / numbered(run.done)}; --resume continues from there"
+    if not run.cfg.SAVE_CHECKPOINTS:
+        kept = "not saved, for SAVE_CHECKPOINTS is False"
+    raise Terminated(f"SIGTERM: the run has ended after iteration {run.done}, {problem or kept}")
 
 
 def saves(run: Run) -> bool:
@@ -280,6 +303,7 @@ def checkpoint_content(run: Run, done: int) -> dict[str, Any]:
         "scaler": run.scaler.state_dict(),
         "iteration": done,
         "best": run.best,
+        "scored_at": run.scored_at,
         "config": dump(run.cfg),
         "category_ids": run.dataset.category_ids,
         "category_names": run.dataset.category_names,
@@ -319,7 +343,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
     start, best = (content["iteration"], content["best"]) if content else (0, -1.0)
     if content and (output / BEST).is_file():
         # Scored after the checkpoint was written, when evaluation overlaps with training
-        best = max(best, checkpoint.read(output / BEST)["best"])
+        best = max(best, best_score(output))
     loader = train_loader(cfg, dataset, device, rank, world_size, start * cfg.SOLVER.ACCUMULATE_STEPS)
     steps_per_epoch = max(1, loader.iterations_per_epoch // cfg.SOLVER.ACCUMULATE_STEPS)
     schedule = make_schedule(cfg, steps_per_epoch)
@@ -339,8 +363,20 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
         meter=TrainingMeter(schedule.total, start, cfg.SOLVER.IMS_PER_BATCH, cfg.LOGGING.WARMUP_STEPS),
         metrics=MetricsWriter(output, cfg.LOGGING.TENSORBOARD, start),
         start=start,
+        done=start,
         best=best,
+        scored_at=content.get("scored_at") if content else None,
     )
+
+
+def best_score(output: Path) -> float:
+    """Of model_best.pth; a damaged one is replaced by the next evaluation."""
+    try:
+        return checkpoint.read(output / BEST)["best"]
+    except CheckpointError as error:
+        logger.warning("%s; the next evaluation writes it anew", error)
+        (output / BEST).unlink()
+        return -1.0
 
 
 def parallelize(model: nn.Module, device: Device) -> nn.Module:
@@ -360,11 +396,14 @@ def parallelize(model: nn.Module, device: Device) -> nn.Module:
 
 def load_state(cfg: CfgNode, output: Path, model: nn.Module, optimizer, scaler) -> dict[str, Any] | None:
     """Loads the run's last checkpoint; None, with a line in the log, when there is none yet."""
-    path = checkpoint.last(output)
-    if path is None:
+    found = checkpoint.read_last(output)
+    places = distributed.all_values(None if found is None else (found[0].name, found[1]["iteration"]))
+    if len(set(places)) > 1:
+        raise CheckpointError(f"the ranks find other checkpoints in {output}: {places}; it must be one for all nodes")
+    if found is None:
         logger.info("--resume: %s holds no %s, so the run starts from the beginning", output, checkpoint.LAST)
         return None
-    content = checkpoint.read(path)
+    path, content = found
     checkpoint.load_model(model, content, path)
     before = parse_config(content["config"], f"the configuration in {path}")
     if before.SOLVER.OPTIMIZER != cfg.SOLVER.OPTIMIZER:
@@ -400,18 +439,23 @@ def run_training(cfg: CfgNode, device: Device, resume: bool = False, skip_test: 
         ops.kernel_in_use(op, device.type)  # says so in the log
     run = build_run(cfg, device, output, resume)
     # Only now, when the run is sure to begin: a mistyped key must not cost a former run its record.
-    if not resume and distributed.is_main():
-        checkpoint.forget(output)
+    if distributed.is_main():
+        checkpoint.remove_half_written(output)
+        if not resume:
+            checkpoint.forget(output)
     write_config(cfg, output)
     start_mllog(run, resume, begun)
     success = False
     try:
-        done = train(run)
-        save(run, done, "model_final.pth")
-        if run.test and not skip_test and run.scored_at != done:
-            evaluate(run, done)
-            save(run, done, "model_final.pth")  # again, with the best score: a longer run must not forget it
+        with run.termination:
+            done = train(run)
+            save(run, done, "model_final.pth")
+            if run.test and not skip_test and not (run.scores and run.scored_at == done):
+                evaluate(run, done)
+                save(run, done, "model_final.pth")  # again, with the best score: a longer run must not forget it
         success = reached_target(run) or not (cfg.MLPERF.MIN_BBOX_MAP or cfg.MLPERF.MIN_SEGM_MAP)
+    except Terminated:
+        save_and_leave(run)
     finally:
         run.mllog.run_stop(success)
         run.scorer.close()
