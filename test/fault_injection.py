@@ -25,13 +25,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "test"))
-
-from conftest import write_tiny_config
+from conftest import ROOT, write_tiny_config
 
 from maskrcnn_benchmark.data.synthetic import generate
 from maskrcnn_benchmark.engine import checkpoint

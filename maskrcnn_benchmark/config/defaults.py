@@ -390,6 +390,9 @@ _C.SOLVER.WARMUP_ITERS = 500
 _C.SOLVER.WARMUP_METHOD = "linear"
 # (+) Gradients are scaled down to this norm; 0: never
 _C.SOLVER.CLIP_GRADIENTS_NORM = 0.0
+# (+) So many steps with a NaN or infinite gradient are left out, on all ranks alike, before one ends the run. float16's
+# scaler leaves out steps of its own, which do not count
+_C.SOLVER.SKIP_NONFINITE_STEPS = 0
 # Iterations from one checkpoint to the next
 _C.SOLVER.CHECKPOINT_PERIOD = 2500
 # (+) Numbered checkpoints of this run kept on disk besides final and best; 0 keeps all

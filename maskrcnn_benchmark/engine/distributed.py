@@ -136,8 +136,8 @@ def first_message(message: str | None) -> str | None:
     return next((m for m in all_values(message) if m is not None), None)
 
 
-def seed_step(seed: int, iteration: int) -> None:
-    """Seeds this rank's generators for one step, from (seed, iteration, rank) alone: a resumed run draws what the
-    uninterrupted one would have drawn, and there is no generator state to save."""
-    mixed = (seed * 1_000_003 + iteration) * 1_009 + rank()
+def seed_step(seed: int, iteration: int, of_rank: int | None = None) -> None:
+    """Seeds this rank's (or `of_rank`'s) generators for one step, from (seed, iteration, rank) alone: a resumed run
+    draws what the uninterrupted one would have drawn, and there is no generator state to save."""
+    mixed = (seed * 1_000_003 + iteration) * 1_009 + (rank() if of_rank is None else of_rank)
     torch.manual_seed(mixed % 2**63)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from ..models.weights import load_weights
 from ..report import mllog
 from ..report.console import TrainingMeter
 from ..structures import ImageBatch, Targets
-from . import checkpoint, distributed, scoring, watch
+from . import checkpoint, distributed, nonfinite, scoring, watch
 from .datasets import open_dataset, test_datasets
 from .inference import combine, evaluate_model, run_model
 from .metrics import LossWindow, MetricsWriter
@@ -62,6 +63,7 @@ class Run:
     parallel: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    guard: nonfinite.Guard
     schedule: Schedule
     batches: Iterator[Batch]
     steps_per_epoch: int
@@ -77,10 +79,13 @@ class Run:
     scorer: scoring.Background = field(default_factory=scoring.Background)
     pending: Pending | None = None
     loss: float | None = None
-    losses: LossWindow = field(default_factory=LossWindow)
+    losses: LossWindow = field(init=False)
     termination: watch.Termination = field(default_factory=watch.Termination)
     performance: dict[str, Any] = field(default_factory=dict)
     mllog: mllog.MLLog = field(default_factory=mllog.MLLog)
+
+    def __post_init__(self) -> None:
+        self.losses = LossWindow(self.guard.policy, self.guard.allowed)
 
 
 @dataclass
@@ -113,11 +118,10 @@ def train(run: Run) -> int:
         started = time.perf_counter()
         losses = train_step(run, batches)
         done = run.done = iteration + 1
-        run.losses.add(done, losses, [image for images, _ in batches for image in images.image_ids])
+        run.losses.add(done, losses, [i for images, _ in batches for i in images.image_ids], run.guard.left_out)
         due = _due(cfg, run.steps_per_epoch, done, total)
         if due.log:
-            watch.at("exchanging losses")
-            values = run.losses.read()  # waits for the device: the only place where a step does
+            values = read_losses(run)  # waits for the device: the only place where a step does
         run.meter.add(time.perf_counter() - waited, started - waited)
         if due.log:
             log(run, done, values)
@@ -145,15 +149,24 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
             run.scaler.scale(sum(losses.values()) / len(batches)).backward()
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.detach() / len(batches)
-    update(run.cfg, run.model, run.optimizer, run.scaler)
+    update(run.cfg, run.model, run.optimizer, run.scaler, run.guard)
     return sums
 
 
-def update(cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def update(
+    cfg: CfgNode,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    guard: nonfinite.Guard,
+) -> None:
     """The parameters, from gradients that the scaler has scaled; leaves no gradients."""
     if cfg.SOLVER.CLIP_GRADIENTS_NORM > 0:
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), cfg.SOLVER.CLIP_GRADIENTS_NORM)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.SOLVER.CLIP_GRADIENTS_NORM)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    guard.judge(optimizer, norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()  # no set_to_none: Ascend's fused optimizers refuse it
@@ -182,17 +195,30 @@ def _due(cfg: CfgNode, steps_per_epoch: int, done: int, total: int) -> Due:
     return Due(done % cfg.LOGGING.PERIOD == 0 or last or evaluate_ or checkpoint_, evaluate_, checkpoint_)
 
 
+def read_losses(run: Run) -> dict[str, float]:
+    """The mean losses since the last reading. Raises NonFiniteLossError on every rank, and leaves the step's dump."""
+    watch.at("exchanging losses")
+    try:
+        return run.losses.read()
+    except nonfinite.BadStep as bad:
+        nonfinite.report(run, bad)
+
+
 def log(run: Run, done: int, losses: dict[str, float]) -> None:
     """One line for people, one for metrics.jsonl."""
     run.loss = losses["loss"]
     lr, memory = run.schedule.lr(done - 1), run.device.max_memory_mb()
     logger.info(run.meter.console_line(done, losses, lr, memory))
     recent = run.meter.recent()
+    skipped = {} if run.guard.policy == "stop" else {"skipped_steps": run.losses.skipped}
+    if run.losses.skipped_now and run.scaler.is_enabled():
+        logger.info("float16: %d steps overflowed and were left out", run.losses.skipped_now)
     run.metrics.write(
         {
             "iter": done,
             "epoch": round(done / run.steps_per_epoch, 4),
-            **losses,
+            **{name: value if math.isfinite(value) else None for name, value in losses.items()},
+            **skipped,
             "lr": lr,
             **recent,
             "max_memory_mb": round(memory, 1),
@@ -355,6 +381,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool) -> Run:
         parallel=parallelize(model, device),
         optimizer=optimizer,
         scaler=scaler,
+        guard=nonfinite.Guard(cfg, optimizer, scaler, device),
         schedule=schedule,
         batches=iter(loader),
         steps_per_epoch=steps_per_epoch,
