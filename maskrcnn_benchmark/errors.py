@@ -44,3 +44,9 @@ class ResultError(UserError):
 
     help = "docs/troubleshooting.md#results"
     exit_code = 1
+
+
+class Terminated(UserError):
+    """SIGTERM; the message says what was saved."""
+
+    exit_code = 143

@@ -40,7 +40,10 @@ def shapes(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory, shapes) -> Path:
     """A model small enough to train in a test, on the generated data set."""
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    return write_tiny_config(tmp_path_factory.mktemp("config") / "tiny.yaml", shapes)
+
+
+def write_tiny_config(path: Path, shapes: Path) -> Path:
     path.write_text(
         f"""
 _BASE_: {ROOT / "configs" / "quickstart.yaml"}

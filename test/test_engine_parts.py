@@ -16,8 +16,9 @@ from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.engine import checkpoint
 from maskrcnn_benchmark.engine.metrics import LossWindow, MetricsWriter
+from maskrcnn_benchmark.engine.nonfinite import BadStep
 from maskrcnn_benchmark.engine.optim import make_optimizer, make_schedule, set_learning_rate
-from maskrcnn_benchmark.errors import CheckpointError, ConfigError, NonFiniteLossError
+from maskrcnn_benchmark.errors import CheckpointError, ConfigError
 from maskrcnn_benchmark.models import weights
 from maskrcnn_benchmark.models.build import build_model
 
@@ -105,21 +106,56 @@ def losses(**values: float) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value) for name, value in values.items()}
 
 
+FINE, BAD = torch.tensor(0.0), torch.tensor(1.0)
+
+
 def test_window_means_and_clears():
     window = LossWindow()
-    window.add(1, losses(a=1.0, b=3.0), [7])
-    window.add(2, losses(a=2.0, b=5.0), [8])
+    window.add(1, losses(a=1.0, b=3.0), [7], FINE)
+    window.add(2, losses(a=2.0, b=5.0), [8], FINE)
     assert window.read() == {"loss": 5.5, "a": 1.5, "b": 4.0}
-    window.add(3, losses(a=0.5, b=0.5), [9])
+    window.add(3, losses(a=0.5, b=0.5), [9], FINE)
     assert window.read()["loss"] == 1.0
 
 
-def test_non_finite_loss_names_step_loss_and_images():
+def test_a_step_that_is_not_finite_is_found():
     window = LossWindow()
-    window.add(41, losses(loss_mask=1.0, loss_box_reg=1.0), [5, 6])
-    window.add(42, losses(loss_mask=math.nan, loss_box_reg=1.0), [7, 8])
-    window.add(43, losses(loss_mask=math.nan, loss_box_reg=math.inf), [9])
-    with pytest.raises(NonFiniteLossError, match=r"iteration 42: loss_mask = nan on rank 0, images \[7, 8\]"):
+    window.add(41, losses(loss_mask=1.0, loss_box_reg=1.0), [5, 6], FINE)
+    assert window.problem() is None
+    window.add(42, losses(loss_mask=math.nan, loss_box_reg=1.0), [7, 8], FINE)
+    window.add(43, losses(loss_mask=math.nan, loss_box_reg=math.inf), [9], BAD)
+    assert "iteration 42" in window.problem()
+    with pytest.raises(BadStep) as caught:
+        window.read()
+    bad = caught.value
+    assert (bad.iteration, bad.image_ids, bad.losses["loss_box_reg"]) == (42, [7, 8], 1.0)
+    assert math.isnan(bad.losses["loss_mask"])
+
+
+def test_steps_left_out_are_counted_and_not_in_the_mean():
+    """Two may be left out; the third ends the run. A NaN loss with a finite gradient always does."""
+    window = LossWindow("skip", allowed=2)
+    for iteration, (value, left_out) in enumerate([(1.0, FINE), (math.nan, BAD), (3.0, FINE)]):
+        window.add(iteration, losses(a=value), [iteration], left_out)
+    assert window.read() == {"loss": 2.0, "a": 2.0} and window.skipped == 1
+    window.add(3, losses(a=5.0), [3], BAD)
+    assert window.read()["a"] == 5.0 and (window.skipped, window.skipped_now) == (2, 1)
+    window.add(4, losses(a=5.0), [4], BAD)
+    with pytest.raises(BadStep):
+        window.read()
+    window = LossWindow("skip", allowed=2)
+    window.add(0, losses(a=math.nan), [0], FINE)
+    with pytest.raises(BadStep):
+        window.read()
+
+
+def test_a_scaled_overflow_is_no_error_but_a_nan_loss_is():
+    window = LossWindow("scale")
+    for iteration in range(3):
+        window.add(iteration, losses(a=1.0), [], BAD if iteration else FINE)
+    assert window.read()["a"] == 1.0 and window.skipped == 2
+    window.add(3, losses(a=math.inf), [], BAD)
+    with pytest.raises(BadStep):
         window.read()
 
 

@@ -46,7 +46,7 @@ def main() -> int:
     started = time.time()
     cfg = get_config(args.config_file, args.overrides)
     device = get_device(args.device or cfg.MODEL.DEVICE)
-    with distributed.process_group(device):
+    with distributed.process_group(device, cfg.DISTRIBUTED.TIMEOUT):
         output = prepare_output(cfg)
         setup_logging(output, distributed.rank(), cfg.LOGGING.RANK_LOGS)
         if not cfg.DATASETS.TEST:

@@ -40,10 +40,10 @@ def main() -> int:
     started = time.time()
     cfg = get_config(args.config_file, args.overrides)
     device = get_device(args.device or cfg.MODEL.DEVICE)
-    with distributed.process_group(device):
+    with distributed.process_group(device, cfg.DISTRIBUTED.TIMEOUT):
         output = prepare_output(cfg)
         setup_logging(output, distributed.rank(), cfg.LOGGING.RANK_LOGS)
-        run = run_training(cfg, device, args.resume, args.skip_test)
+        run = run_training(cfg, device, args.resume or distributed.restarted(), args.skip_test)
         missed = None
         if run.scores and not args.skip_test:
             try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ..device import Device
+from ..engine.nonfinite import Guard
 from ..engine.optim import make_optimizer, set_learning_rate
 from ..engine.train import parallelize, update
 from ..engine.views import results_options
@@ -98,6 +99,8 @@ def training_phases(cfg: CfgNode, device: Device, side: Side, forward) -> Phases
     set_learning_rate(optimizer, LEARNING_RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=side.dtype == torch.float16 and device.grad_scaler)
 
+    guard = Guard(cfg, optimizer, scaler, device)
+
     def losses(batch: Any) -> Tensor:
         values = forward(batch)
         side.losses.append({name: value.detach() for name, value in values.items()})
@@ -106,7 +109,7 @@ def training_phases(cfg: CfgNode, device: Device, side: Side, forward) -> Phases
     return {
         "forward": losses,
         "backward": lambda loss: scaler.scale(loss).backward(),
-        "optimizer": lambda _: update(cfg, side.model, optimizer, scaler),
+        "optimizer": lambda _: update(cfg, side.model, optimizer, scaler, guard),
     }
 
 

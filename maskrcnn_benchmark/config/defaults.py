@@ -392,6 +392,9 @@ _C.SOLVER.WARMUP_ITERS = 500
 _C.SOLVER.WARMUP_METHOD = "linear"
 # (+) Gradients are scaled down to this norm; 0: never
 _C.SOLVER.CLIP_GRADIENTS_NORM = 0.0
+# (+) So many steps with a NaN or infinite gradient are left out, on all ranks alike, before one ends the run. float16's
+# scaler leaves out steps of its own, which do not count
+_C.SOLVER.SKIP_NONFINITE_STEPS = 0
 # Iterations from one checkpoint to the next
 _C.SOLVER.CHECKPOINT_PERIOD = 2500
 # (+) Numbered checkpoints of this run kept on disk besides final and best; 0 keeps all
@@ -402,6 +405,11 @@ _C.SOLVER.EVAL_PERIOD = 0
 _C.SOLVER.SAVE_EPOCHS = 0
 # (+) Training stops when so many evaluations in a row are no better than the best before them; 0: never
 _C.SOLVER.EARLY_STOP_PATIENCE = 0
+
+_C.DISTRIBUTED = CN()
+# (+) Seconds without progress after which a run of several ranks ends with the name of the rank that the others wait
+# for; they also wait while the main rank scores a large test set
+_C.DISTRIBUTED.TIMEOUT = 3600
 
 _C.MLPERF = CN()
 # Training stops at the first evaluation that reaches both; 0, 0: never

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from ..models.weights import check_match
 logger = logging.getLogger(__name__)
 
 LAST = "last_checkpoint"
+# The names of this run's checkpoints, oldest first: a damaged last one has a successor, and a former run's are not it
+HISTORY = "checkpoints.txt"
 KEYS = {"model", "optimizer", "scaler", "iteration", "best", "config", "category_ids", "category_names", "world_size"}
 
 
@@ -34,23 +38,52 @@ def write_atomically(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_half_written(directory: Path) -> None:
+    """What write_atomically leaves where it is killed in its midst."""
+    for path in directory.rglob(".*.tmp"):
+        if re.search(r"\.\d+\.tmp$", path.name):
+            logger.warning("removed %s, half written when the run before was killed", path)
+            path.unlink(missing_ok=True)
+
+
 def save(directory: Path, name: str, content: dict[str, Any], last: bool = True) -> Path:
     """Writes `directory/name` and, with `last`, makes it the one that --resume takes."""
     path = directory / name
     write_atomically(path, lambda file: torch.save(content, file))
     if last:
+        write_history(directory, [other for other in history(directory) if other != name] + [name])
         write_atomically(directory / LAST, lambda file: file.write(name.encode()))
     return path
 
 
+def history(directory: Path) -> list[str]:
+    """The names of this run's checkpoints, oldest first."""
+    path = directory / HISTORY
+    return path.read_text().split("\n") if path.is_file() else []
+
+
+def write_history(directory: Path, names: list[str]) -> None:
+    write_atomically(directory / HISTORY, lambda file: file.write("\n".join(names).encode()))
+
+
+def keep(directory: Path, count: int) -> None:
+    """Deletes this run's numbered checkpoints but the newest `count`; final and best stay."""
+    names = history(directory)
+    old = [name for name in names if re.fullmatch(r"model_\d{7}\.pth", name)][:-count]
+    for name in old:
+        (directory / name).unlink(missing_ok=True)
+    if old:
+        write_history(directory, [name for name in names if name not in old])
+
+
 def forget(directory: Path) -> None:
     """A fresh run in a used directory: --resume must not take the former run's checkpoint for this one's."""
-    marker = directory / LAST
-    if marker.is_file():
+    if (directory / LAST).is_file():
         logger.warning(
             "%s holds a run already; its checkpoints stay until files of the same names replace them", directory
         )
-        marker.unlink()
+    for name in (LAST, HISTORY):
+        (directory / name).unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -62,6 +95,7 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
         reason = str(error).split("\n")[0]
@@ -71,10 +105,42 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _check_sums(path: Path) -> None:
+    """torch writes a checksum for every tensor, but does not look at it when it reads."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+
+
 def last(directory: Path) -> Path | None:
     """The checkpoint that --resume continues from, or None in a fresh directory."""
     marker = directory / LAST
     return directory / marker.read_text().strip() if marker.is_file() else None
+
+
+def read_last(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest of this run's checkpoints that can be read, and its content; None in a fresh directory.
+
+    Raises:
+        CheckpointError: there are some, and none can be read.
+    """
+    newest = last(directory)
+    if newest is None:
+        return None
+    former = [directory / name for name in reversed(history(directory)) if name != newest.name]
+    problems: list[CheckpointError] = []
+    for path in (newest, *former):
+        try:
+            content = read(path)
+        except CheckpointError as error:
+            problems.append(error)
+            continue
+        for problem in problems:
+            logger.warning("%s; --resume falls back to %s", problem, path.name)
+        return path, content
+    others = f", nor any of the {len(former)} before it" if former else ", and there is none before it"
+    raise CheckpointError(f"{problems[0]}{others}; start anew without --resume")
 
 
 def load_model(model: nn.Module, content: dict[str, Any], path: Path) -> None:

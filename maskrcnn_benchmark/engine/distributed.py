@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from ..device import Device
 from ..errors import UserError
+from .watch import Watch
 
 T = TypeVar("T")
 
-# How long ranks wait for each other: the others wait while the main rank scores a large test set.
-WAIT = timedelta(hours=1)
+# Seconds that ranks wait for each other where nothing watches over them, and that a collective waits longer than the
+# watch does, which knows the name of the rank that did not come
+WAIT, LATER = 3600, 60
 
 
 def rank() -> int:
@@ -38,27 +40,37 @@ def is_main() -> bool:
 
 
 @contextmanager
-def process_group(device: Device) -> Iterator[None]:
-    """Joins the other ranks that torchrun started; leaves them at the end. Alone, it does nothing."""
+def process_group(device: Device, timeout: float | None = None) -> Iterator[None]:
+    """Joins the other ranks that torchrun started; leaves them at the end. Alone, it does nothing.
+
+    timeout: seconds without progress, as watch.at tells it, after which the run ends with the name of the rank that the
+    others wait for. None: nothing watches.
+    """
     device.activate()
     if "RANK" not in os.environ:
         yield
         return
-    _die_with_parent()
-    dist.init_process_group(device.dist_backend, timeout=WAIT)
+    die_with_parent()
+    dist.init_process_group(device.dist_backend, timeout=timedelta(seconds=timeout + LATER if timeout else WAIT))
     try:
-        yield
-        dist.barrier()  # a rank that leaves while another still works takes its connections with it
+        with Watch(timeout) if timeout else nullcontext():
+            yield
+            dist.barrier()  # a rank that leaves while another still works takes its connections with it
     finally:
         gc.collect()  # DistributedDataParallel and the group hold each other, and its threads outlive it otherwise
         dist.destroy_process_group()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ranks have sessions of their own, so a killed torchrun would leave them training; Linux can end them with it."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of sys/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this rank anew (--max-restarts): then the run resumes without being asked to."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def gather(value: Any) -> list[Any] | None:
@@ -110,17 +122,22 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+def all_values(value: T) -> list[T]:
+    """Every rank's (picklable) value, by rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def first_message(message: str | None) -> str | None:
     """The message of the lowest rank that has one, on every rank: how ranks decide together to stop."""
-    if not dist.is_initialized():
-        return message
-    messages: list[str | None] = [None] * world_size()
-    dist.all_gather_object(messages, message)
-    return next((m for m in messages if m is not None), None)
+    return next((m for m in all_values(message) if m is not None), None)
 
 
-def seed_step(seed: int, iteration: int) -> None:
-    """Seeds this rank's generators for one step, from (seed, iteration, rank) alone: a resumed run draws what the
-    uninterrupted one would have drawn, and there is no generator state to save."""
-    mixed = (seed * 1_000_003 + iteration) * 1_009 + rank()
+def seed_step(seed: int, iteration: int, of_rank: int | None = None) -> None:
+    """Seeds this rank's (or `of_rank`'s) generators for one step, from (seed, iteration, rank) alone: a resumed run
+    draws what the uninterrupted one would have drawn, and there is no generator state to save."""
+    mixed = (seed * 1_000_003 + iteration) * 1_009 + (rank() if of_rank is None else of_rank)
     torch.manual_seed(mixed % 2**63)

@@ -22,7 +22,7 @@ from ..evaluation.results import Results, concatenate, detections_to_results
 from ..report.console import progress
 from ..report.run_files import file_stem
 from ..report.visualize import draw_results, side_by_side
-from . import distributed, scoring
+from . import distributed, scoring, watch
 from .checkpoint import write_atomically
 from .views import detect, results_options, view_configs
 
@@ -43,6 +43,7 @@ def infer(cfg: CfgNode, device: Device, model: nn.Module, dataset: CocoDataset) 
     options = results_options(cfg)
     results, seen = [], []
     for loaded in progress(zip(*loaders), len(loaders[0]), "inference"):
+        watch.at("evaluating")
         views = [images for images, _ in loaded]
         with device.autocast(getattr(torch, cfg.DTYPE)):
             detections = detect(model, views, mirrored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any, TextIO
@@ -10,46 +11,72 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteLossError
 from . import distributed
+from .nonfinite import BadStep
+
+logger = logging.getLogger(__name__)
 
 
 class LossWindow:
-    """Losses of the steps since the last log line, left on the device: adding never waits, reading does."""
+    """Losses of the steps since the last log line, left on the device: adding never waits, reading does.
 
-    def __init__(self) -> None:
+    policy, allowed: Guard's. skipped: steps that were left out so far; skipped_now: in the last window.
+    """
+
+    def __init__(self, policy: str = "stop", allowed: int = 0) -> None:
+        self.policy, self.allowed, self.skipped, self.skipped_now = policy, allowed, 0, 0
         self.names: list[str] = []
         self._steps: list[tuple[int, Tensor, list[int]]] = []
 
-    def add(self, iteration: int, losses: dict[str, Tensor], image_ids: list[int]) -> None:
+    def add(self, iteration: int, losses: dict[str, Tensor], image_ids: list[int], left_out: Tensor) -> None:
+        """left_out: 0-dim, Guard's of this step."""
         self.names = list(losses)
-        self._steps.append((iteration, torch.stack([loss.detach().float() for loss in losses.values()]), image_ids))
+        row = torch.stack([*(loss.detach().float() for loss in losses.values()), left_out])
+        self._steps.append((iteration, row, image_ids))
 
     def read(self) -> dict[str, float]:
         """The means over the steps and ranks since the last reading, and their sum `loss`. Waits for the device.
 
         Raises:
-            NonFiniteLossError: on every rank, when a step of any rank had a NaN or infinite loss.
+            BadStep: on every rank, for the first step that must not be: with a NaN or infinite loss or gradient of any
+                rank, unless the policy leaves it out.
         """
-        values = torch.stack([losses for _, losses, _ in self._steps])
-        problem = distributed.first_message(self._non_finite(values.cpu()))
-        if problem is not None:
-            raise NonFiniteLossError(problem)
-        means = distributed.mean(values.mean(0)).tolist()
+        rows = torch.stack([row for _, row, _ in self._steps])
+        host = rows.cpu()
+        left_out = host[:, -1] > 0  # the same on all ranks
+        lost = torch.tensor(distributed.all_values(self._lost(host).tolist())).any(0)
+        tolerated = {"skip": left_out, "scale": left_out & ~lost}.get(self.policy, torch.zeros_like(lost))
+        if self.policy == "skip":
+            tolerated = tolerated & (self.skipped + left_out.cumsum(0) <= self.allowed)
+        fatal = (left_out | lost) & ~tolerated
+        if fatal.any():
+            raise self._bad(host, int(fatal.nonzero()[0]))
+        self.skipped_now = int(tolerated.sum())
+        self.skipped += self.skipped_now
+        for number in (tolerated & (self.policy == "skip")).nonzero().flatten().tolist():
+            iteration, _, image_ids = self._steps[number]
+            logger.warning("iteration %d is left out: its gradient is not finite; images %s", iteration, image_ids)
+        if (tolerated & lost).any():
+            rows = rows[(~(tolerated & lost)).nonzero().flatten().tolist()]
+        means = distributed.mean(rows[:, :-1].mean(0)).tolist()
         self._steps.clear()
         return {"loss": sum(means), **dict(zip(self.names, means))}
 
-    def _non_finite(self, values: Tensor) -> str | None:
-        bad = ~values.isfinite()
-        if not bad.any():
-            return None
-        first = int(bad.any(1).nonzero()[0])
-        iteration, _, image_ids = self._steps[first]
-        names = ", ".join(f"{n} = {v:g}" for n, v, b in zip(self.names, values[first].tolist(), bad[first]) if b)
-        return (
-            f"iteration {iteration}: {names} on rank {distributed.rank()}, images {image_ids}; look at these images' "
-            "annotations, or lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS_NORM"
-        )
+    def problem(self) -> str | None:
+        """What is wrong with this rank's steps since the last reading, if anything. Waits for the device."""
+        for iteration, row, _ in self._steps:
+            left_out = bool(row[-1]) and self.policy in ("stop", "none")
+            if left_out or (self.policy != "skip" and self._lost(row[None].cpu()).any()):
+                return f"not saved: the losses or gradients of iteration {iteration} are not finite"
+        return None
+
+    @staticmethod
+    def _lost(rows: Tensor) -> Tensor:
+        return ~rows[:, :-1].isfinite().all(1)
+
+    def _bad(self, rows: Tensor, number: int) -> BadStep:
+        iteration, _, image_ids = self._steps[number]
+        return BadStep(iteration, image_ids, dict(zip(self.names, rows[number].tolist())))
 
 
 class MetricsWriter:

@@ -100,7 +100,13 @@ def make_optimizer(cfg: CfgNode, model: nn.Module, device: Device) -> torch.opti
     if solver.OPTIMIZER == "ApexFusedSGD":
         return _apex_fused_sgd()(groups, lr=solver.BASE_LR, **options)
     kind = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}[solver.OPTIMIZER]
-    return kind(groups, lr=solver.BASE_LR, fused=device.fused_optimizer, **options)
+    optimizer = kind(groups, lr=solver.BASE_LR, fused=device.fused_optimizer, **options)
+    if solver.OPTIMIZER == "SGD" and device.fused_optimizer and solver.MOMENTUM:
+        for parameter in others + biases:
+            # torch 2.13 makes them in its first step of fresh memory, and leaves that in place when it skips the step,
+            # as float16's scaler often does: the second step would start from garbage
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _apex_fused_sgd() -> type[torch.optim.Optimizer]:

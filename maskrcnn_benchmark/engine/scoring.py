@@ -103,6 +103,7 @@ class Background:
 
 def _give_way() -> None:
     """Training goes first where cores are scarce after all; and Ctrl-C is for it, which then ends this process."""
+    distributed.die_with_parent()  # it holds both ends of its queue, and would wait for a killed run for ever
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "nice"):
         os.nice(10)

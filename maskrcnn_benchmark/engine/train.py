@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +26,14 @@ from ..data.catalog import check_same_categories, check_same_keypoints
 from ..data.coco import CocoDataset
 from ..data.loader import train_loader
 from ..device import Device
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, Terminated
 from ..evaluation.coco import format_table
 from ..models.build import build_model
 from ..models.weights import load_weights
 from ..report import mllog, run_page
 from ..report.console import TrainingMeter, training_progress
 from ..structures import ImageBatch, Targets
-from . import checkpoint, distributed, scoring
+from . import checkpoint, distributed, nonfinite, scoring, watch
 from .datasets import open_dataset, test_datasets
 from .inference import combine, evaluate_model, run_model
 from .metrics import LossWindow, MetricsWriter
@@ -62,6 +63,7 @@ class Run:
     parallel: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    guard: nonfinite.Guard
     schedule: Schedule
     batches: Iterator[Batch]
     steps_per_epoch: int
@@ -70,6 +72,7 @@ class Run:
     meter: TrainingMeter
     metrics: MetricsWriter
     start: int = 0
+    done: int = 0
     best: float = -1.0
     without_gain: int = 0
     scores: dict[str, Any] = field(default_factory=dict)
@@ -77,10 +80,13 @@ class Run:
     scorer: scoring.Background = field(default_factory=scoring.Background)
     pending: Pending | None = None
     loss: float | None = None
-    losses: LossWindow = field(default_factory=LossWindow)
-    written: list[Path] = field(default_factory=list)
+    losses: LossWindow = field(init=False)
+    termination: watch.Termination = field(default_factory=watch.Termination)
     performance: dict[str, Any] = field(default_factory=dict)
     mllog: mllog.MLLog = field(default_factory=mllog.MLLog)
+
+    def __post_init__(self) -> None:
+        self.losses = LossWindow(self.guard.policy, self.guard.allowed)
 
 
 @dataclass
@@ -99,19 +105,24 @@ def train(run: Run) -> int:
     finished ones."""
     cfg, total, done = run.cfg, run.schedule.total, run.start
     run.parallel.train()
+    if run.scored_at != done > 0 and _due(cfg, run.steps_per_epoch, done, total).evaluate:
+        evaluate(run, done, scoring.overlaps(cfg, run.device))  # the former run was ended before its scores were there
     for iteration in training_progress(range(run.start, total), run.meter):
+        watch.at("reading data", iteration)
         run.mllog.begin_step(iteration)
         set_learning_rate(run.optimizer, run.schedule.lr(iteration))
         distributed.seed_step(cfg.SEED, iteration)
         waited = time.perf_counter()
-        batches = [next(run.batches) for _ in range(cfg.SOLVER.ACCUMULATE_STEPS)]
+        with run.termination.between_steps():
+            batches = [next(run.batches) for _ in range(cfg.SOLVER.ACCUMULATE_STEPS)]
+        watch.at("computing")
         started = time.perf_counter()
         losses = train_step(run, batches)
-        done = iteration + 1
-        run.losses.add(done, losses, [image for images, _ in batches for image in images.image_ids])
+        done = run.done = iteration + 1
+        run.losses.add(done, losses, [i for images, _ in batches for i in images.image_ids], run.guard.left_out)
         due = _due(cfg, run.steps_per_epoch, done, total)
         if due.log:
-            values = run.losses.read()  # waits for the device: the only place where a step does
+            values = read_losses(run)  # waits for the device: the only place where a step does
         run.meter.add(time.perf_counter() - waited, started - waited)
         if due.log:
             log(run, done, values)
@@ -145,15 +156,24 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
             run.scaler.scale(sum(losses.values()) / len(batches)).backward()
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.detach() / len(batches)
-    update(run.cfg, run.model, run.optimizer, run.scaler)
+    update(run.cfg, run.model, run.optimizer, run.scaler, run.guard)
     return sums
 
 
-def update(cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def update(
+    cfg: CfgNode,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    guard: nonfinite.Guard,
+) -> None:
     """The parameters, from gradients that the scaler has scaled; leaves no gradients."""
     if cfg.SOLVER.CLIP_GRADIENTS_NORM > 0:
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), cfg.SOLVER.CLIP_GRADIENTS_NORM)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.SOLVER.CLIP_GRADIENTS_NORM)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    guard.judge(optimizer, norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()  # no set_to_none: Ascend's fused optimizers refuse it
@@ -185,17 +205,30 @@ def _due(cfg: CfgNode, steps_per_epoch: int, done: int, total: int) -> Due:
     return Due(done % cfg.LOGGING.PERIOD == 0 or last or evaluate_ or checkpoint_, evaluate_, checkpoint_)
 
 
+def read_losses(run: Run) -> dict[str, float]:
+    """The mean losses since the last reading. Raises NonFiniteLossError on every rank, and leaves the step's dump."""
+    watch.at("exchanging losses")
+    try:
+        return run.losses.read()
+    except nonfinite.BadStep as bad:
+        nonfinite.report(run, bad)
+
+
 def log(run: Run, done: int, losses: dict[str, float]) -> None:
     """One line for people, one for metrics.jsonl."""
     run.loss = losses["loss"]
     lr, memory = run.schedule.lr(done - 1), run.device.max_memory_mb()
     logger.info(run.meter.console_line(done, losses, lr, memory))
     recent = run.meter.recent()
+    skipped = {} if run.guard.policy == "stop" else {"skipped_steps": run.losses.skipped}
+    if run.losses.skipped_now and run.scaler.is_enabled():
+        logger.info("float16: %d steps overflowed and were left out", run.losses.skipped_now)
     run.metrics.write(
         {
             "iter": done,
             "epoch": round(done / run.steps_per_epoch, 4),
-            **losses,
+            **{name: value if math.isfinite(value) else None for name, value in losses.items()},
+            **skipped,
             "lr": lr,
             **recent,
             "max_memory_mb": round(memory, 1),
@@ -210,11 +243,13 @@ def evaluate(run: Run, done: int, overlapped: bool = False) -> None:
     distributed.share_buffers(run.model)
     run.mllog.eval_start(done)
     if not overlapped:
-        scores = evaluate_model(run.cfg, run.device, run.model, run.test, run.output)
+        with run.termination.between_steps():
+            scores = evaluate_model(run.cfg, run.device, run.model, run.test, run.output)
         record(run, done, scores, checkpoint_content(run, done) if saves(run) else None)
         return
     started = time.perf_counter()
-    requests = run_model(run.cfg, run.device, run.model, run.test, run.output)
+    with run.termination.between_steps():
+        requests = run_model(run.cfg, run.device, run.model, run.test, run.output)
     if requests:
         content = _copy_to_host(checkpoint_content(run, done)) if saves(run) else None
         run.pending = Pending(done, started, run.scorer.submit(requests), content)
@@ -272,12 +307,26 @@ def save(run: Run, done: int, name: str, last: bool = True) -> None:
     predict.py needs nothing else."""
     if not saves(run):
         return
+    watch.at("writing a checkpoint")
     path = checkpoint.save(run.output, name, checkpoint_content(run, done), last)
     logger.info("wrote %s", path)
-    if name == numbered(done):
-        run.written.append(path)
-        if len(run.written) > run.cfg.SOLVER.CHECKPOINTS_KEPT > 0:
-            run.written.pop(0).unlink(missing_ok=True)
+    if run.cfg.SOLVER.CHECKPOINTS_KEPT:
+        checkpoint.keep(run.output, run.cfg.SOLVER.CHECKPOINTS_KEPT)
+
+
+def save_and_leave(run: Run) -> NoReturn:
+    """After SIGTERM, between two steps: the state of the last one, on the main rank.
+
+    Raises:
+        Terminated: always, with what was saved.
+    """
+    problem = run.losses.problem()
+    if problem is None and saves(run):
+        save(run, run.done, numbered(run.done))
+    kept = f"saved as {run.output / numbered(run.done)}; --resume continues from there"
+    if not run.cfg.SAVE_CHECKPOINTS:
+        kept = "not saved, for SAVE_CHECKPOINTS is False"
+    raise Terminated(f"SIGTERM: the run has ended after iteration {run.done}, {problem or kept}")
 
 
 def saves(run: Run) -> bool:
@@ -294,6 +343,7 @@ def checkpoint_content(run: Run, done: int) -> dict[str, Any]:
         "iteration": done,
         "best": run.best,
         "without_gain": run.without_gain,
+        "scored_at": run.scored_at,
         "config": dump(run.cfg),
         "category_ids": run.dataset.category_ids,
         "category_names": run.dataset.category_names,
@@ -328,15 +378,15 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool | Path) -
     optimizer = make_optimizer(cfg, model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.DTYPE == "float16" and device.grad_scaler)
     content = None
-    if resume:
-        path = resume if isinstance(resume, Path) else find_last(output)
-        content = load_state(cfg, path, model, optimizer, scaler) if path else None
+    if resume and (found := find_state(output, resume)):
+        content = found[1]
+        load_state(cfg, *found, model, optimizer, scaler)
     if content is None and cfg.MODEL.WEIGHT:
         load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE, cfg.MODEL.REPLACE_HEADS)
     start, best = (content["iteration"], content["best"]) if content else (0, -1.0)
     if content and (output / BEST).is_file():
         # Scored after the checkpoint was written, when evaluation overlaps with training
-        best = max(best, checkpoint.read(output / BEST)["best"])
+        best = max(best, best_score(output))
     loader = train_loader(cfg, dataset, device, rank, world_size, start * cfg.SOLVER.ACCUMULATE_STEPS)
     steps_per_epoch = max(1, loader.iterations_per_epoch // cfg.SOLVER.ACCUMULATE_STEPS)
     schedule = make_schedule(cfg, steps_per_epoch)
@@ -348,6 +398,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool | Path) -
         parallel=parallelize(model, device),
         optimizer=optimizer,
         scaler=scaler,
+        guard=nonfinite.Guard(cfg, optimizer, scaler, device),
         schedule=schedule,
         batches=iter(loader),
         steps_per_epoch=steps_per_epoch,
@@ -356,10 +407,22 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool | Path) -
         meter=TrainingMeter(schedule.total, start, cfg.SOLVER.IMS_PER_BATCH, cfg.LOGGING.WARMUP_STEPS),
         metrics=MetricsWriter(output, cfg.LOGGING.TENSORBOARD, start),
         start=start,
+        done=start,
         best=best,
         # Checkpoints of before there was SOLVER.EARLY_STOP_PATIENCE do not count
         without_gain=content.get("without_gain", 0) if content else 0,
+        scored_at=content.get("scored_at") if content else None,
     )
+
+
+def best_score(output: Path) -> float:
+    """Of model_best.pth; a damaged one is replaced by the next evaluation."""
+    try:
+        return checkpoint.read(output / BEST)["best"]
+    except CheckpointError as error:
+        logger.warning("%s; the next evaluation writes it anew", error)
+        (output / BEST).unlink()
+        return -1.0
 
 
 def parallelize(model: nn.Module, device: Device) -> nn.Module:
@@ -377,19 +440,26 @@ def parallelize(model: nn.Module, device: Device) -> nn.Module:
     )
 
 
-def find_last(output: Path) -> Path | None:
-    """The run's last checkpoint; None, with a line in the log, when there is none yet."""
-    path = checkpoint.last(output)
-    if path is None:
+def find_state(output: Path, resume: bool | Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from and what it holds: the one given, or the run's last; None, with a line in the log,
+    when there is none yet. Raises CheckpointError: it cannot be read, holds a model alone, or differs among ranks."""
+    found = (resume, checkpoint.read(resume)) if isinstance(resume, Path) else checkpoint.read_last(output)
+    places = distributed.all_values(None if found is None else (found[0].name, found[1]["iteration"]))
+    if len(set(places)) > 1:
+        raise CheckpointError(f"the ranks find other checkpoints in {output}: {places}; it must be one for all nodes")
+    if found is None:
         logger.info("--resume: %s holds no %s, so the run starts from the beginning", output, checkpoint.LAST)
-    return path
+    elif not found[1]["optimizer"]:
+        raise CheckpointError(
+            f"{found[0]} holds a model without its optimizer: start anew with the file as MODEL.WEIGHT"
+        )
+    return found
 
 
-def load_state(cfg: CfgNode, path: Path, model: nn.Module, optimizer, scaler) -> dict[str, Any]:
-    """Loads a checkpoint into model, optimizer and scaler, and returns all it holds. Raises CheckpointError."""
-    content = checkpoint.read(path)
-    if not content["optimizer"]:
-        raise CheckpointError(f"{path} holds a model without its optimizer: start anew with the file as MODEL.WEIGHT")
+def load_state(
+    cfg: CfgNode, path: Path, content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, scaler
+) -> None:
+    """Loads what `path` holds into model, optimizer and scaler. Raises CheckpointError."""
     checkpoint.load_model(model, content, path)
     before = parse_config(content["config"], f"the configuration in {path}")
     if before.SOLVER.OPTIMIZER != cfg.SOLVER.OPTIMIZER:
@@ -414,7 +484,6 @@ def load_state(cfg: CfgNode, path: Path, model: nn.Module, optimizer, scaler) ->
             *(path, content["world_size"], distributed.world_size()),
         )
     logger.info("continuing from %s at iteration %d", path, content["iteration"])
-    return content
 
 
 def run_training(cfg: CfgNode, device: Device, resume: bool | Path = False, skip_test: bool = False) -> Run:
@@ -428,19 +497,24 @@ def run_training(cfg: CfgNode, device: Device, resume: bool | Path = False, skip
         ops.kernel_in_use(op, device.type)  # says so in the log
     run = build_run(cfg, device, output, resume)
     # Only now, when the run is sure to begin: a mistyped key must not cost a former run its record.
-    if not resume and distributed.is_main():
-        checkpoint.forget(output)
+    if distributed.is_main():
+        checkpoint.remove_half_written(output)
+        if not resume:
+            checkpoint.forget(output)
     write_config(cfg, output)
     write_json(output / "environment.json", environment.describe(device, distributed.world_size()))
     start_mllog(run, resume, begun)
     success = False
     try:
-        done = train(run)
-        save(run, done, "model_final.pth")
-        if run.test and not skip_test and run.scored_at != done:
-            evaluate(run, done)
-            save(run, done, "model_final.pth")  # again, with the best score: a longer run must not forget it
+        with run.termination:
+            done = train(run)
+            save(run, done, "model_final.pth")
+            if run.test and not skip_test and not (run.scores and run.scored_at == done):
+                evaluate(run, done)
+                save(run, done, "model_final.pth")  # again, with the best score: a longer run must not forget it
         success = reached_target(run) or not (cfg.MLPERF.MIN_BBOX_MAP or cfg.MLPERF.MIN_SEGM_MAP)
+    except Terminated:
+        save_and_leave(run)
     finally:
         run.mllog.run_stop(success)
         run.scorer.close()
