@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+import itertools
 import os
 import signal
 import sys
@@ -23,6 +25,7 @@ T = TypeVar("T")
 
 # How long ranks wait for each other: the others wait while the main rank scores a large test set.
 WAIT = timedelta(hours=1)
+_GROUPS = itertools.count()
 
 
 def rank() -> int:
@@ -45,13 +48,22 @@ def process_group(device: Device) -> Iterator[None]:
         yield
         return
     _die_with_parent()
-    dist.init_process_group(device.dist_backend, timeout=WAIT)
+    store, rank, ranks = _meeting_place()
+    # A name for each group of this process: a second one would read where the first one's ranks listened
+    own = dist.PrefixStore(f"group{next(_GROUPS)}", store)
+    dist.init_process_group(device.dist_backend, timeout=WAIT, store=own, rank=rank, world_size=ranks)
     try:
         yield
         dist.barrier()  # a rank that leaves while another still works takes its connections with it
     finally:
         gc.collect()  # DistributedDataParallel and the group hold each other, and its threads outlive it otherwise
         dist.destroy_process_group()
+
+
+@functools.cache
+def _meeting_place() -> tuple[dist.Store, int, int]:
+    """The store that torchrun's variables name, this process's rank, and the number of ranks."""
+    return next(dist.rendezvous("env://", timeout=WAIT))
 
 
 def _die_with_parent() -> None:
