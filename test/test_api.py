@@ -246,6 +246,24 @@ def test_data_sets_reach_their_keys(configured, tmp_path):
     assert configured(resume_checkpoint=tmp_path)[1] == tmp_path / "model_0000004.pth"
 
 
+def test_names_of_data_sets():
+    file = mb.datasets.CocoDetection("some & pictures", "a.json").name
+    assert (
+        file == f"coco://{Path('a.json').resolve()}?images={str(Path.cwd()).replace(' ', '%20')}/some%20%26%20pictures"
+    )
+    voc = mb.datasets.VOCDetection("VOC2012", split="val", classes=["a b", "c"])
+    assert voc.name == f"voc://{Path('VOC2012').resolve()}?split=val&classes=a+b%2Cc"
+    assert api.test_data_keys(voc, 1, None)["TEST.METRICS"] == ("coco", "voc07")
+    assert api.test_data_keys(voc, 1, "COCO")["TEST.METRICS"] == ("coco",)
+
+
+def test_the_document_lists_every_parameter():
+    text = (ROOT / "docs" / "api.md").read_text()
+    for function in (api.MaskRCNN.__init__, api.MaskRCNN.train):
+        for name in list(inspect.signature(function).parameters)[1:]:
+            assert f"| `{name}`" in text or f", `{name}`" in text, name
+
+
 def test_transforms_are_the_mappings_of_yaml():
     assert transforms.ResizeByShort(short_size=64) == {"type": "ResizeByShort", "short_size": 64}
     assert transforms.RandomHorizontalFlip(0.3) == {"type": "RandomHorizontalFlip", "prob": 0.3}
@@ -370,9 +388,7 @@ def test_predictions_have_the_documented_form(trained, shapes, tmp_path):
         x, y, width, height = entry["bbox"]
         assert 0 <= x <= x + width <= 96 and 0 <= y <= y + height <= 96
         assert entry["mask"].shape == (96, 96) and entry["mask"].dtype == np.uint8 and entry["mask"].max() <= 1
-        assert {1: "circle", 2: "square", 4: "triangle", 7: "star", 9: "cross"}[entry["category_id"]] == entry[
-            "category"
-        ]
+        assert names[entry["category_id"]] == entry["category"]
     array = cv2.imread(str(files[0]))  # blue, green, red
     assert same(model.predict(array), found) and not same(model.predict(array[..., ::-1]), found)
     assert model.batch_predict([]) == []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+import itertools
 import os
 import signal
 import sys
@@ -25,6 +27,7 @@ T = TypeVar("T")
 # Seconds that ranks wait for each other where nothing watches over them, and that a collective waits longer than the
 # watch does, which knows the name of the rank that did not come
 WAIT, LATER = 3600, 60
+_GROUPS = itertools.count()
 
 
 def rank() -> int:
@@ -51,7 +54,11 @@ def process_group(device: Device, timeout: float | None = None) -> Iterator[None
         yield
         return
     die_with_parent()
-    dist.init_process_group(device.dist_backend, timeout=timedelta(seconds=timeout + LATER if timeout else WAIT))
+    store, rank, ranks = _meeting_place()
+    # A name for each group of this process: a second one would read where the first one's ranks listened
+    own = dist.PrefixStore(f"group{next(_GROUPS)}", store)
+    wait = timedelta(seconds=timeout + LATER if timeout else WAIT)
+    dist.init_process_group(device.dist_backend, timeout=wait, store=own, rank=rank, world_size=ranks)
     try:
         with Watch(timeout) if timeout else nullcontext():
             yield
@@ -59,6 +66,12 @@ def process_group(device: Device, timeout: float | None = None) -> Iterator[None
     finally:
         gc.collect()  # DistributedDataParallel and the group hold each other, and its threads outlive it otherwise
         dist.destroy_process_group()
+
+
+@functools.cache
+def _meeting_place() -> tuple[dist.Store, int, int]:
+    """The store that torchrun's variables name, this process's rank, and the number of ranks."""
+    return next(dist.rendezvous("env://", timeout=timedelta(seconds=WAIT)))
 
 
 def die_with_parent() -> None:
