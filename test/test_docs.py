@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from maskrcnn_benchmark.__main__ import commands, load
 from maskrcnn_benchmark.config import get_config
+from maskrcnn_benchmark.places import find_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -132,3 +135,174 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+KEY = re.compile(r"`([A-Z][A-Z0-9]*(?:[._][A-Z0-9_]+)*)(?: [^`]*)?`")
+
+
+def new_names(page: Path) -> list[str]:
+    """What the last column of the page's tables puts into backticks, and its lines outside tables."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    return [text for line in lines for text in KEY.findall(line.rpartition(" | ")[2] if line.startswith("|") else line)]
+
+
+@pytest.mark.parametrize("name", ["migrating.md", "heads.md", "multinode.md", "install.md", "quickstart.md"])
+def test_every_key_exists(name):
+    from maskrcnn_benchmark.config.checks import get
+    from maskrcnn_benchmark.config.defaults import get_defaults
+
+    cfg = get_defaults()
+    keys = [key for key in new_names(DOCS / name) if "." in key]
+    for key in keys:
+        get(cfg, key)
+    assert keys or name in ("install.md",), name
+
+
+def test_keys_of_maskrcnn_benchmark_are_understood(tmp_path):
+    """Those of its table are translated as the table says, or refused as it says."""
+    from maskrcnn_benchmark.config.legacy import NORMS, RENAMED, WITHOUT_EFFECT, translate
+    from maskrcnn_benchmark.errors import ConfigError
+
+    text = (DOCS / "migrating.md").read_text(encoding="utf-8").split("## detectron2")[0]
+    rows = dict(re.findall(r"^\| `([A-Z_.]+)`.* \| (.*) \|$", text, re.MULTILINE))
+    assert f"`{RENAMED['MODEL.BACKBONE.OUT_CHANNELS']}`" == rows["MODEL.BACKBONE.OUT_CHANNELS"]
+    assert translate({"MODEL.RESNETS.TRANS_FUNC": "BottleneckWithGN"}, "") == {"MODEL.RESNETS.NORM": "GN"}
+    assert set(re.findall(r"FrozenBN|BN|GN", rows["MODEL.RESNETS.TRANS_FUNC"])) <= set(NORMS.values())
+    assert "PATHS_CATALOG" in WITHOUT_EFFECT and "a warning" in rows["PATHS_CATALOG"]
+    assert translate({"MODEL.RPN.RPN_HEAD": rows["MODEL.RPN.RPN_HEAD"].split("`")[1]}, "") == {}
+    with pytest.raises(ConfigError, match="left out"):
+        translate({"MODEL.FBNET.ARCH": "default"}, "")
+    with pytest.raises(ConfigError, match="POSTPROCESS_MASKS is True"):
+        get_config(overrides=["MODEL.ROI_MASK_HEAD.POSTPROCESS_MASKS", "True"])
+
+
+def templates() -> list[str]:
+    """Every text of the package and setup.py, with a NUL for what an f-string fills in."""
+    found = []
+    for path in [ROOT / "setup.py", *(ROOT / "maskrcnn_benchmark").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value.rstrip("\n"))
+            elif isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                found.append("".join(parts).rstrip("\n"))
+    return found
+
+
+def says(template: str, message: str) -> bool:
+    """Whether the message is the template filled in; up to its `...`, where it ends in that."""
+    cuts = [len(template)]
+    if message.endswith("..."):
+        message = message.removesuffix("...").rstrip()
+        cuts = [match.end() for match in re.finditer(re.escape(message[-4:]), template)] + cuts
+    for cut in cuts:
+        parts = template[:cut].split("\0")
+        told = sum(map(len, parts)) >= 15 and all(part in message for part in parts)
+        if told and re.fullmatch(".*".join(map(re.escape, parts)), message):
+            return True
+    return False
+
+
+def test_what_says_tells_apart():
+    assert says("\0: image id \0 is given twice", "a.json: image id 7 is given twice")
+    assert says("\0 holds the state of \0, but it is \0: keep it", "x holds the state of SGD, but it is ...")
+    assert not says("\0: image id \0 is given twice", "a.json: image id 7 is given")
+    assert not says("\0: \0", "anything: at all that is long")
+
+
+def test_every_message_of_troubleshooting_is_one_of_ours():
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `(.+?)` \| ", text, re.MULTILINE)
+    assert len(messages) > 40
+    ours = templates()
+    assert not [message for message in messages if not any(says(template, message) for template in ours)]
+
+
+# The tools' own parsers: what `python tools/NAME.py` and `maskrcnn-benchmark NAME` are asked to do in the documents.
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "README.zh-CN.md"])
+
+
+def tool_calls(page: Path) -> list[list[str]]:
+    """Subcommand and arguments of every call of a tool in the page's shell code and in its tables."""
+    text = page.read_text(encoding="utf-8")
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`((?:python tools/|maskrcnn-benchmark |torchrun )[^`]+)`", text)
+    calls = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        for place, word in enumerate(words):
+            if match := re.fullmatch(r"tools/(\w+)\.py", word):
+                calls.append([match[1].removesuffix("_net").replace("_", "-"), *words[place + 1 :]])
+            elif word == "maskrcnn-benchmark" or words[place - 1 : place + 1] == ["-m", "maskrcnn_benchmark"]:
+                calls.append(words[place + 1 :])
+    return [call for call in calls if len(call) > 1 and not {"...", "COMMAND", "KEY"} & set(call)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_understood(page, monkeypatch):
+    """By the parser of the tool, and as far as there are files and keys in it, those exist."""
+    for name, *arguments in tool_calls(page):
+        path = commands().get(name)
+        assert path or (ROOT / "tools" / f"{name}.py").is_file(), f"{page.name}: there is no {name}"
+        tool = load(name, path) if path else None
+        if not hasattr(tool, "parse"):
+            continue
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        try:
+            parsed = vars(tool.parse())
+        except SystemExit as ended:
+            assert ended.code == 0, f"{page.name}: {name} {arguments}"  # --help
+            continue
+        file = parsed.get("config_file")
+        if file and Path(file).parts[0] == "configs":
+            assert find_recipe(file).is_file(), f"{page.name}: there is no {file}"
+        get_config(overrides=[word for pair in keys_of(parsed) for word in pair])
+
+
+def keys_of(parsed: dict) -> list[tuple[str, str]]:
+    """The KEY VALUE pairs, without `_BASE_`, whose file may be an example's."""
+    words = parsed.get("overrides") or []
+    assert len(words) % 2 == 0, words
+    return [pair for pair in zip(words[::2], words[1::2]) if pair[0] not in ("_BASE_", "DATA.PATH")]
+
+
+# Written beside this test, by others
+AWAITED = {"api.md", "report.md", "weights.md", "export.md", "tutorials"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file) if file else page
+        assert path.exists() or path.name in AWAITED, f"{page.name}: {target}"
+        if anchor and path.exists():
+            headings = re.findall(r"^#+ (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            known = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+            assert anchor in known, f"{page.name}: {target}"
+
+
+def test_the_index_names_every_page():
+    text = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert not [page.name for page in DOCS.glob("*.md") if page.name not in ("README.md",) and page.name not in text]
+
+
+def test_the_configuration_reference_is_up_to_date():
+    from maskrcnn_benchmark.config.reference import render
+
+    wanted = (DOCS / "config.md").read_text(encoding="utf-8")
+    assert wanted == render(), "python -m maskrcnn_benchmark.config.reference > docs/config.md"
+
+
+def test_the_workflow_for_ci_is_valid(monkeypatch):
+    (job,) = yaml.safe_load(blocks(DOCS / "benchmarking.md", "yaml")[0])["jobs"].values()
+    (gate,) = [step["run"] for step in job["steps"] if "tools/benchmark.py" in step.get("run", "")]
+    monkeypatch.setattr(sys, "argv", shlex.split(gate)[1:])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    asked = load("benchmark", ROOT / "tools" / "benchmark.py").parse()
+    assert (ROOT / asked.suite).is_file() and asked.base_ref == "origin/${{ github.base_ref }}"
+    (upload,) = [step["with"]["path"] for step in job["steps"] if "upload" in step.get("uses", "")]
+    assert upload.split() == [str(asked.report), str(asked.out)]

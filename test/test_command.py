@@ -1,0 +1,122 @@
+"""maskrcnn-benchmark, the tools as one command: from the checkout, and from a package that pip installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maskrcnn_benchmark.__main__ import commands, main, summary
+from maskrcnn_benchmark.config import get_config
+from maskrcnn_benchmark.errors import ConfigError, UserError
+from maskrcnn_benchmark.places import find_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """What pip makes of the sources where there is no compiler: a directory with the package and bin/."""
+    directory = tmp_path_factory.mktemp("installed")
+    left_out = shutil.ignore_patterns(".*", "output", "build", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(ROOT, directory / "source", ignore=left_out)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", directory / "site"]
+    command = [sys.executable, "-m", "pip", "install", *options, directory / "source"]
+    subprocess.run(command, check=True, timeout=120, env={**os.environ, "CXX": "/bin/false"})
+    shutil.rmtree(directory / "source")
+    return directory / "site"
+
+
+@pytest.fixture
+def call(installed, tmp_path):
+    """Runs bash code with the installed command, far from any checkout."""
+
+    def run(code: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PATH": f"{installed}/bin{os.pathsep}{os.environ['PATH']}"}
+        environment |= {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+        command = ["bash", "-euc", code]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+
+    return run
+
+
+def test_every_tool_is_a_subcommand():
+    expected = {"train", "test", "predict", "dataset", "benchmark", "doctor", "parity"}
+    assert expected <= commands().keys() and "zoo" not in commands()
+    assert commands()["train"] == ROOT / "tools" / "train_net.py"
+
+
+def test_the_quickstart_runs_from_an_installed_package(call, installed, tmp_path):
+    """docs/quickstart.md's own commands, on fewer and smaller images and for two steps."""
+    assert not list((installed / "maskrcnn_benchmark").glob("_C*"))
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^```bash\n(maskrcnn-benchmark .*?)^```$", page, re.DOTALL | re.MULTILINE)
+    changes = {
+        "--train 800 --val 100 --size 192 192": "--train 8 --val 4 --size 64 64",
+        "OUTPUT_DIR run": "OUTPUT_DIR run SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 2 LOGGING.TENSORBOARD False",
+    }
+    code = "".join(steps)
+    for old, new in changes.items():
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    # The check warns of images this small, with status 1
+    done = call(re.sub(r"^(.* dataset check .*)$", r"\1 --workers 0 || [ $? = 1 ]", code, flags=re.MULTILINE))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["environment"]["kernels"]["nms"] == "composite"
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
+    assert json.loads((tmp_path / "scores" / "result.json").read_text())["bbox"] == result["bbox"]
+
+
+def test_the_installed_command_says_what_it_can(call):
+    told = call("maskrcnn-benchmark --help").stdout
+    assert all(re.search(rf"^    {name}\b", told, re.MULTILINE) for name in commands())
+    assert call("maskrcnn-benchmark train --help").stdout.startswith("usage: maskrcnn-benchmark train ")
+    wrong = call("maskrcnn-benchmark trian")
+    assert wrong.returncode == 2 and "choose from" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+    none = call("maskrcnn-benchmark")
+    assert none.returncode == 2 and "COMMAND" in none.stderr
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_each_subcommand_has_its_tools_help(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["maskrcnn-benchmark", name, "--help"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and told.startswith(f"usage: maskrcnn-benchmark {name} ")
+    assert summary(commands()[name]) in told
+
+
+def test_a_recipe_goes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart.yaml", "configs/quickstart.yaml"):
+        assert get_config(name).SOLVER.MAX_ITER == 1500
+    (tmp_path / "quickstart.yaml").write_text("SOLVER: {MAX_ITER: 7}\n")
+    assert get_config("quickstart.yaml").SOLVER.MAX_ITER == 7  # what is here comes first
+    assert find_recipe("benchmark/smoke.yaml") == Path("benchmark/smoke.yaml")
+    assert find_recipe("configs/benchmark/smoke.yaml") == ROOT / "configs/benchmark/smoke.yaml"
+    with pytest.raises(ConfigError, match=r"cannot read config file .*nowhere\.yaml"):
+        get_config("nowhere.yaml")
+
+
+def test_errors_name_a_section_that_is_there():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    anchors = {re.sub(r"[^\w -]", "", line[3:]).lower().replace(" ", "-") for line in re.findall(r"^## .*", text, re.M)}
+    for kind in UserError.__subclasses__():
+        page, _, anchor = kind.help.partition("#")
+        assert page == "docs/troubleshooting.md" and anchor in anchors, kind
+
+
+def test_the_section_stands_behind_the_message(tmp_path):
+    command = [sys.executable, ROOT / "tools" / "train_net.py", "--config-file", "nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.endswith("[docs/troubleshooting.md#configuration]\n")
