@@ -33,3 +33,7 @@ class ResultError(UserError):
     """The measured accuracy missed TEST.EXPECTED_RESULTS."""
 
     exit_code = 1
+
+
+class DependencyError(UserError):
+    """An optional package that is needed for what was asked, and is not installed."""
