@@ -142,7 +142,11 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "hypothesis", "ruff"], "compare": ["torchvision"]},
+    extras_require={
+        "test": ["pytest", "hypothesis", "ruff"],
+        "compare": ["torchvision"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
+    },
     ext_modules=extensions(),
     cmdclass=build_command(),
 )

@@ -162,7 +162,7 @@ def differences(expected: Outputs, found: Outputs) -> dict[str, float]:
         if distance.isinf().any():
             return worst | {"labels": float("inf")}
         for name, value in ours.items():
-            difference = (value.float() - theirs[name][partner].float()).abs()
+            difference = (value.float() - theirs[name][partner].float()).abs().nan_to_num(torch.inf)
             if name == "keypoints":
                 moved = difference[..., :2] * (difference[..., :2] > 1)
                 difference = torch.cat([moved, difference[..., 2:]], -1)
