@@ -155,7 +155,11 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "hypothesis", "ruff"], "compare": ["torchvision"]},
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
+        "compare": ["torchvision"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
+    },
     ext_modules=extensions(),
     cmdclass=build_commands(),
     entry_points={"console_scripts": ["maskrcnn-benchmark = maskrcnn_benchmark.__main__:main"]},

@@ -50,3 +50,7 @@ class Terminated(UserError):
     """SIGTERM; the message says what was saved."""
 
     exit_code = 143
+
+
+class DependencyError(UserError):
+    """An optional package that is needed for what was asked, and is not installed."""

@@ -85,7 +85,8 @@ class KeypointHead(nn.Module):
         rows, _, (box, image) = flatten_valid(detections.valid, fields, self.compact)
         logits = self(features, box, image).float()
         points, peak = find_peaks(logits, self._extent(box))
-        score = (peak - logits.flatten(2).logsumexp(-1)).exp()
+        # Not by logsumexp, which asks how many rows there are: a graph that is exported cannot know.
+        score = (logits.flatten(2) - peak[..., None]).exp().sum(-1).reciprocal()
         keypoints = torch.cat((points, score[..., None]), -1)
         detections.keypoints = unflatten(rows, keypoints, detections.valid.shape)
         return detections

@@ -196,7 +196,7 @@ def deform_conv2d_composite(
         if tap.mask is not None:
             sampled = sampled * tap.mask
         columns = sampled.view(pixels, groups, weight.shape[1]).transpose(0, 1)
-        total = total.baddbmm_(columns, _tap_weight(weight, i, groups))
+        total = total.baddbmm(columns, _tap_weight(weight, i, groups))
     output = total.transpose(0, 1).reshape(batch, out_height, out_width, outputs).permute(0, 3, 1, 2)
     return output.to(input.dtype).contiguous(memory_format=_memory_format(input))
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .library import LIBRARY
+
 # Pixels of enlarged maps at a time: 64 MB. A single box may be larger.
 _PIXELS = 1 << 24
 # The bend of the cubic kernel, as OpenCV and torch have it.
 _BEND = -0.75
+
+LIBRARY.define("find_peaks(Tensor maps, Tensor boxes) -> (Tensor points, Tensor peak)")
 
 
 def find_peaks(maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,12 +29,13 @@ def find_peaks(maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"find_peaks: expected maps [R, K, S, S] and boxes [R, 4], got {list(maps.shape)} and {list(boxes.shape)}"
         )
-    maps, boxes = maps.detach(), boxes.detach()
+    return torch.ops.maskrcnn_benchmark.find_peaks(maps.detach(), boxes.detach())
+
+
+def _find_peaks(maps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     cells = sides.ceil().long()
     points, peak = maps.new_zeros((*maps.shape[:2], 2)), maps.new_zeros(maps.shape[:2])
-    if maps.is_meta:  # shapes without values, to count arithmetic
-        return points, peak
     for rows, width, height in _groups(cells.tolist(), maps.shape[1]):
         index = torch.tensor(rows, device=maps.device)
         x, y, value = _peaks_of(maps[index], cells[index], width, height)
@@ -81,3 +86,13 @@ def _cubic_weights(lengths: Tensor, most: int, size: int) -> Tensor:
         source = (first + tap).long().clamp(0, size - 1)
         weights.scatter_add_(2, source[..., None], torch.where(far <= 1, near, tail)[..., None])
     return weights
+
+
+# For all devices, whatever MASKRCNN_KERNELS says: there is no kernel to insist on. It is an operator so that exported
+# graphs can hold it: which boxes are enlarged together depends on their sizes.
+LIBRARY.impl("find_peaks", _find_peaks, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("maskrcnn_benchmark::find_peaks", lib=LIBRARY)
+def _(maps, boxes):
+    return maps.new_empty((*maps.shape[:2], 2)), maps.new_empty(maps.shape[:2])
