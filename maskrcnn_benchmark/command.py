@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -36,9 +37,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _write_to_log_files(str(error))
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
+        sys.stderr.write(f"error: {error.filename or 'cannot write'}: {error.strerror}\n")
         raise SystemExit(2) from None
     except RuntimeError as error:
         if "RANK" not in os.environ or not LOST_CONNECTION.search(str(error)):

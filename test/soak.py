@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -93,7 +94,7 @@ def judge(samples: list[dict[str, float]], iterations: int) -> int:
     edges = [iterations * n / 4 for n in range(5)]
     print(f"{'iterations':16}{'samples':>9}" + "".join(f"{name:>14}" for name in FIGURES))
     rows = []
-    for first, last in zip(edges, edges[1:]):
+    for first, last in itertools.pairwise(edges):
         part = [s for s in samples if first <= s["iteration"] < last]
         rows.append({name: statistics.median([s[name] for s in part] or [0.0]) for name in FIGURES})
         numbers = "".join(f"{rows[-1][name]:>14.1f}" for name in FIGURES)

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import fault_injection as faults
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from test_train import TRAIN, assert_ok, assert_user_error, read_metrics, weights_of
 
-from maskrcnn_benchmark.engine import nonfinite
+from maskrcnn_benchmark.config import get_config
+from maskrcnn_benchmark.data.loader import _seeded, train_loader
+from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.engine import checkpoint, determinism, nonfinite
+from maskrcnn_benchmark.engine.datasets import open_dataset
+from maskrcnn_benchmark.engine.optim import make_optimizer
+from maskrcnn_benchmark.engine.train import update
+from maskrcnn_benchmark.errors import CheckpointError, DeviceError
 
 THOROUGH = pytest.mark.skipif(not os.environ.get("MASKRCNN_TEST_THOROUGH"), reason="MASKRCNN_TEST_THOROUGH is not set")
 
@@ -64,11 +78,6 @@ def spoilt(tiny_config, tmp_path):
 
 def order_of(tiny_config, ranks: int) -> list[list[list[int]]]:
     """Image ids of the first epoch's steps, by rank, from the loader itself."""
-    from maskrcnn_benchmark.config import get_config
-    from maskrcnn_benchmark.data.loader import train_loader
-    from maskrcnn_benchmark.device import get_device
-    from maskrcnn_benchmark.engine.datasets import open_dataset
-
     cfg, device = get_config(tiny_config), get_device("cpu")
     dataset = open_dataset(cfg.DATASETS.TRAIN, cfg, training=True)
     loaders = [train_loader(cfg, dataset, device, rank, ranks, 0) for rank in range(ranks)]
@@ -90,6 +99,8 @@ def test_a_spoilt_step_stops_all_ranks_and_can_be_replayed(spoilt, run, tiny_con
         assert "iteration 2: " in line and wanted in line and "on rank 1, images [" in line and str(image) in line
     dump = nonfinite.read_dump(tmp_path / "out" / "nonfinite_step_2.pt")
     assert dump["rank"] == 1 and dump["image_ids"] == [ids[i] for i in order[1][1]] and dump["iteration"] == 1
+    if kind == "loss":
+        return
     replay = run("tools/replay_step.py", tmp_path / "out" / "nonfinite_step_2.pt", "--device", "cpu")
     assert replay.returncode == 0 and "all is finite" in replay.stdout, "the fault was the test's, not the model's"
     arguments = ("--config-file", tiny_config, "--device", "cpu", "--skip-test", *keys, "SOLVER.MAX_ITER", "1")
@@ -122,7 +133,277 @@ def test_steps_are_left_out_alike_on_all_ranks(spoilt, tiny_config, tmp_path):
     assert all(tensor.isfinite().all() and tensor.abs().max() < 100 for tensor in weights.values())
 
 
+@THOROUGH
 def test_a_passing_fault_is_called_so(spoilt, tiny_config, tmp_path):
     order, ids = order_of(tiny_config, 1)
     result = spoilt("loss", ids[order[0][1][0]], often="once")
     assert_user_error(result, "iteration 2: loss_mask = nan", "passing fault", status=1)
+
+
+def test_a_scaler_skips_what_overflows_and_the_guard_counts_it():
+    """float16's way on a CPU: an infinite gradient in the first step leaves weights and momentum as they were."""
+    cfg, device, model = get_config(), get_device("cpu"), torch.nn.Linear(2, 2)
+    optimizer, scaler = make_optimizer(cfg, model, device), torch.amp.GradScaler("cpu", init_scale=4.0)
+    guard = nonfinite.Guard(cfg, optimizer, scaler, device)
+    before = [parameter.clone() for parameter in model.parameters()]
+    for factor, left_out in ((float("inf"), 1), (1.0, 0)):
+        scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
+        update(cfg, model, optimizer, scaler, guard)
+        assert guard.policy == "scale" and guard.left_out == left_out
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) == bool(left_out)
+    assert scaler.get_scale() == 2.0
+    assert all(optimizer.state[p]["momentum_buffer"].abs().max() < 2 for p in model.parameters())
+
+
+# -------------------------------------------------------------------------------------------------------- kills
+
+
+@pytest.fixture
+def strikes(tiny_config, tmp_path):
+    """The faults of these kinds, one after each resume, then to the end: the same as a run left alone."""
+
+    def call(case: faults.Case, *kinds: str, iterations: int) -> list[dict[str, str]]:
+        length = ("SOLVER.MAX_ITER", str(iterations), "SOLVER.CHECKPOINT_PERIOD", "3")
+        case = faults.Case(case.name, case.ranks, (*case.overrides, *length))
+        rows = [faults.strike(kind, case, tiny_config, tmp_path / "struck", random.Random(1)) for kind in kinds]
+        faults.finish(case, tiny_config, tmp_path / "struck")
+        faults.finish(case, tiny_config, tmp_path / "whole")
+        assert faults.difference(tmp_path / "whole", tmp_path / "struck") is None
+        assert not list((tmp_path / "struck").glob(".*.tmp"))
+        return rows
+
+    return call
+
+
+def test_ended_runs_end_like_one_left_alone(strikes):
+    """Two ranks, accumulating, in bfloat16, with loader workers: SIGTERM, then kill -9 inside a checkpoint's write."""
+    keys = (*faults.WORKERS, "SOLVER.ACCUMULATE_STEPS", "2", "DTYPE", "bfloat16")
+    rows = strikes(faults.Case("", 2, keys), "SIGTERM", "kill in a write", iterations=36)
+    assert [row["status"] for row in rows] == ["143", "137"]
+
+
+@THOROUGH
+@pytest.mark.parametrize("case", faults.CASES, ids=lambda case: case.name)
+def test_every_fault_in_every_run(strikes, case):
+    strikes(case, *faults.FAULTS, iterations=140)
+
+
+def test_torchrun_restarts_resume_by_themselves_and_sigterm_to_one_rank_saves(tiny_config, tmp_path):
+    """Rank 1 is killed: torchrun starts all ranks anew, and they resume. Then rank 1 alone gets SIGTERM: the main rank
+    hears of it and saves. One rank goes on from there, and says that it is not two."""
+    output = tmp_path / "out"
+    keys = ("SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "3", "SOLVER.CHECKPOINTS_KEPT", "2")
+    case = faults.Case("", 2, keys)
+    process = faults.start(case, tiny_config, output, launcher=("--max-restarts", "1", "--monitor-interval", "0.1"))
+    try:
+        faults.wait_until(lambda: faults.progress(output) >= 7, process)
+        os.kill(faults.ranks_of(process.pid, case, faults.processes(output))[1], signal.SIGKILL)
+        faults.wait_until(lambda: "continuing from" in faults.said_by(output).read_text(), process)
+        again = int(faults.said_by(output).read_text().rpartition("at iteration ")[2].split()[0])
+        faults.wait_until(lambda: faults.progress(output) >= again + 4, process)
+        os.kill(faults.ranks_of(process.pid, case, faults.processes(output))[1], signal.SIGTERM)
+        assert process.wait(timeout=30) == 143
+    finally:
+        for pid in faults.processes(output):
+            os.kill(pid, signal.SIGKILL)
+    assert again in (6, 9, 12, 15)
+    assert "SIGTERM: the run has ended after iteration" in faults.said_by(output).read_text()
+    saved = checkpoint.read_last(output)[1]["iteration"]
+    assert saved > again and len(list(output.glob("model_0*.pth"))) == 2
+    faults.finish(faults.Case("", 1, ("SOLVER.MAX_ITER", str(saved + 2))), tiny_config, output)
+    assert "was written by 2 ranks, now there are 1" in faults.said_by(output).read_text()
+    assert read_metrics(output)[-1]["iter"] == saved + 2
+
+
+# -------------------------------------------------------------------------------------------------------- ranks
+
+# Runs train_net.py with slow reads on rank 1, which after so many hang
+SLOW = """
+import os, runpy, sys, time
+from maskrcnn_benchmark.data.coco import CocoDataset
+
+load, left = CocoDataset.load, [int(sys.argv[1])]
+
+def slow(self, index):
+    if os.environ.get("RANK") == "1":
+        left[0] -= 1
+        time.sleep(0.2 if left[0] > 0 else 1000)
+    return load(self, index)
+
+CocoDataset.load = slow
+del sys.argv[1]
+sys.argv[0] = "tools/train_net.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_slow_rank_and_a_stuck_one_are_named(tiny_config, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, "-m", "maskrcnn_benchmark.engine.launch", "--standalone", "--nproc-per-node", "2"]
+    command += [tmp_path / "slow.py", 12, "--config-file", tiny_config, "--device", "cpu", "--skip-test"]
+    command += ["LOGGING.PERIOD", 2, "DISTRIBUTED.TIMEOUT", 5, "SOLVER.MAX_ITER", 1000, "OUTPUT_DIR", tmp_path / "out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    options = {"capture_output": True, "text": True, "timeout": 120, "env": environment, "cwd": ROOT}
+    result = subprocess.run([str(part) for part in command], **options)
+    assert result.returncode == 1, result.stderr[-2000:]
+    assert "WARNING: rank 1 on" in result.stdout and "is slow" in result.stdout
+    assert "rank 0 on" not in result.stdout
+    line = next(line for line in result.stderr.splitlines() if "no progress for 5 seconds" in line)
+    assert "the ranks wait for rank 1 (process" in line and "reading data after iteration" in line
+    assert "rank 0" not in line.partition("wait for")[2]
+
+
+@THOROUGH
+def test_a_frozen_rank_is_named(tiny_config, tmp_path):
+    output, case = tmp_path / "out", faults.Case("", 2, ("SOLVER.MAX_ITER", "100000", "DISTRIBUTED.TIMEOUT", "15"))
+    process = faults.start(case, tiny_config, output, launcher=("--shutdown-timeout", "2"))
+    try:
+        faults.wait_until(lambda: faults.progress(output) >= 3, process)
+        os.kill(faults.ranks_of(process.pid, case, faults.processes(output))[1], signal.SIGSTOP)
+        assert process.wait(timeout=60) == 1
+        assert faults.seconds_until_gone(process, output) < faults.GONE_WITHIN
+    finally:
+        for pid in faults.processes(output):
+            os.kill(pid, signal.SIGKILL)
+    said = faults.said_by(output).read_text()
+    assert "the ranks wait for rank 1 (process" in said and "has given no sign of life for" in said
+
+
+# --------------------------------------------------------------------------------------------------------- disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB, where this process may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(place)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"no mount here: {error}")
+    if mounted.returncode:
+        pytest.skip(f"may not mount a file system: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_and_a_read_only_disk(run, tiny_config, small_disk):
+    """A checkpoint has some 1 MB: it ends in an error at the third, the second is whole, and nothing lies about."""
+    output = small_disk / "out"
+    arguments = ("--config-file", tiny_config, "--device", "cpu", "--skip-test", "OUTPUT_DIR", output)
+    (small_disk / "other").write_bytes(b"x" * 1_000_000)
+    size = 3 << 20
+    result = run(TRAIN, *arguments, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER", 50)
+    assert_user_error(result, "cannot write", "model_00", "No space left on device")
+    found = checkpoint.read_last(output)
+    assert found is not None and not list(output.glob(".*.tmp"))
+    assert sum(path.stat().st_size for path in small_disk.rglob("*") if path.is_file()) < size
+    (small_disk / "other").unlink()
+    for path in output.glob("model_*.pth"):
+        if path != found[0]:
+            path.unlink()
+    assert_ok(run(TRAIN, *arguments, "--resume", "SOLVER.MAX_ITER", found[1]["iteration"]))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert_user_error(run(TRAIN, *arguments), "cannot write to OUTPUT_DIR", "Read-only")
+
+
+def test_data_that_vanishes_ends_the_run(shapes, tiny_config, tmp_path):
+    data, output = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(shapes, data)
+    case = faults.Case("", 1, ("DATA.PATH", str(data), "SOLVER.MAX_ITER", "100000"))
+    process = faults.start(case, tiny_config, output)
+    faults.wait_until(lambda: faults.progress(output) >= 3, process)
+    data.rename(tmp_path / "elsewhere")
+    assert process.wait(timeout=30) == 2
+    last = faults.said_by(output).read_text().splitlines()[-1]
+    assert last.startswith("error: ") and str(data / "train2017") in last
+    assert checkpoint.read_last(output)[1]["iteration"] >= 2
+
+
+def content_of(iteration: int) -> dict:
+    return dict.fromkeys(checkpoint.KEYS, 0) | {"iteration": iteration, "model": {"w": torch.full((3000,), 1.0)}}
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
+    """A former run's checkpoint, which must never be taken, and three of this run's."""
+    checkpoint.save(tmp_path, "model_0000008.pth", content_of(8))
+    checkpoint.forget(tmp_path)
+    for iteration in (2, 4, 6):
+        checkpoint.save(tmp_path, f"model_{iteration:07d}.pth", content_of(iteration))
+    return tmp_path
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 0.5, 0.75, 0.999])
+def test_resume_falls_back_from_a_truncated_checkpoint(written, caplog, share):
+    last = written / "model_0000006.pth"
+    os.truncate(last, int(share * last.stat().st_size))
+    path, content = checkpoint.read_last(written)
+    assert path.name == "model_0000004.pth" and content["iteration"] == 4
+    assert "cannot read checkpoint" in caplog.text and "falls back to model_0000004.pth" in caplog.text
+
+
+def test_resume_falls_back_from_a_wrong_checksum_and_a_lost_file(written, caplog):
+    """One bit of a weight: torch.load itself reads it without a word."""
+    last, before = written / "model_0000006.pth", written / "model_0000004.pth"
+    content = bytearray(last.read_bytes())
+    content[content.index(torch.ones(8).numpy().tobytes()) + 3] ^= 1
+    last.write_bytes(content)
+    assert torch.load(last, weights_only=True)["iteration"] == 6
+    before.unlink()
+    assert checkpoint.read_last(written)[1]["iteration"] == 2
+    assert "wrong checksum" in caplog.text and "model_0000004.pth does not exist" in caplog.text
+    (written / "model_0000002.pth").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"wrong checksum.*any of the 2 before it.*without --resume"):
+        checkpoint.read_last(written)
+
+
+def test_checkpoints_kept(written):
+    checkpoint.save(written, "model_final.pth", content_of(7))
+    checkpoint.keep(written, 2)
+    names = sorted(path.name for path in written.glob("*.pth"))
+    assert names == ["model_0000004.pth", "model_0000006.pth", "model_0000008.pth", "model_final.pth"]
+    assert checkpoint.history(written) == ["model_0000004.pth", "model_0000006.pth", "model_final.pth"]
+    (written / ".model_0000010.pth.77.tmp").write_bytes(b"half")
+    (written / ".mine.tmp").write_bytes(b"not ours")
+    checkpoint.remove_half_written(written)
+    assert not (written / ".model_0000010.pth.77.tmp").exists() and (written / ".mine.tmp").exists()
+
+
+# -------------------------------------------------------------------------------------------------- determinism
+
+
+def test_deterministic_runs_are_equal_and_record_the_order(run, tiny_config, tmp_path):
+    order, ids = order_of(tiny_config, 1)
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for output in runs:
+        arguments = ("--config-file", tiny_config, "--device", "cpu", "--skip-test", "--deterministic")
+        assert_ok(run(TRAIN, *arguments, "OUTPUT_DIR", output, env={"OMP_NUM_THREADS": "2"}))
+    assert faults.difference(*runs) is None
+    records = [json.loads((output / "data_order.json").read_text()) for output in runs]
+    assert records[0] == records[1] and records[0]["deterministic"] and len(records[0]["epochs"]) == 2
+    assert records[0]["epochs"][0]["image_ids"] == [[ids[i] for i in batch] for batch in order[0]]
+
+
+def test_operators_that_cannot_be_deterministic_are_all_named():
+    device = get_device("cpu")
+    with pytest.raises(DeviceError, match=r"put_.*set it to False"), determinism.all_at_once(True, device):
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+
+
+def test_data_sets_that_draw_from_global_generators_repeat_themselves():
+    """Whatever was drawn before, each image has its own numbers, and the training step's generator is left alone."""
+
+    def drawn(*seeds: int) -> tuple:
+        with _seeded(*seeds):
+            return random.random(), np.random.rand(), torch.rand(1).item()
+
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    assert drawn(0, 1, 2) == drawn(0, 1, 2)
+    assert len({number for place in range(4) for number in drawn(0, 1, place)}) == 12
+    assert torch.equal(torch.rand(1), expected)

@@ -28,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config-file", required=True, metavar="YAML", help="what to train, such as configs/*.yaml")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, npu, mps, xpu or a plug-in; replaces MODEL.DEVICE")
     parser.add_argument("--resume", action="store_true", help="continue from OUTPUT_DIR's last checkpoint")
+    parser.add_argument("--deterministic", action="store_true", help="the same as DETERMINISTIC True")
     parser.add_argument("--skip-test", action="store_true", help="do not evaluate at the end")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY VALUE", help="configuration keys, such as SOLVER.BASE_LR 0.01"
@@ -38,7 +39,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     started = time.time()
-    cfg = get_config(args.config_file, args.overrides)
+    cfg = get_config(args.config_file, args.overrides + ["DETERMINISTIC", "True"] * args.deterministic)
     device = get_device(args.device or cfg.MODEL.DEVICE)
     with distributed.process_group(device, cfg.DISTRIBUTED.TIMEOUT):
         output = prepare_output(cfg)

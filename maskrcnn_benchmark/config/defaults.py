@@ -11,7 +11,7 @@ _C.DTYPE = "float32"
 _C.OUTPUT_DIR = "."
 # (+) Seed of initialisation, data order, augmentation and sampling
 _C.SEED = 0
-# (+) Only deterministic algorithms: torch raises where a device has none for an operator
+# (+) Only deterministic algorithms; where the device has none for some operators, the run ends with their names
 _C.DETERMINISTIC = False
 # Evaluate after every epoch (the MLPerf forks' key)
 _C.PER_EPOCH_EVAL = False
@@ -454,6 +454,8 @@ _C.TEST.BBOX_AUG.SCALE_H_FLIP = False
 _C.LOGGING = CN()
 # (+) Iterations from one log line to the next; the only place where a step waits for the device
 _C.LOGGING.PERIOD = 20
+# (+) The log names a rank for which the others wait more than this share of their steps
+_C.LOGGING.STRAGGLER_SHARE = 0.3
 # (+) Steps left out of every speed figure
 _C.LOGGING.WARMUP_STEPS = 5
 # (+) Write events.out.tfevents.*

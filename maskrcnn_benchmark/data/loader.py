@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import shutil
 import signal
 import threading
@@ -168,7 +169,8 @@ class BatchReader(Dataset):
             for place, index in enumerate(indices, start=first):
                 # Not the worker's generator: then the number of workers would change the images.
                 rng = np.random.default_rng((self.seed % 2**63, epoch, place))
-                samples.append(self.transforms(self.dataset.load(index), rng, self._draw, epoch))
+                with _seeded(self.seed % 2**63, epoch, place):
+                    samples.append(self.transforms(self.dataset.load(index), rng, self._draw, epoch))
             images, targets, shape = self._collate(samples, number)
             if get_worker_info() is not None:
                 images, targets = images.share_memory(), targets.share_memory()
@@ -193,6 +195,21 @@ class BatchReader(Dataset):
     def _draw(self, rng: np.random.Generator) -> Sample:
         """Any image of the data set, for the transforms that mix two."""
         return self.dataset.load(int(rng.integers(len(self.dataset))))
+
+
+@contextmanager
+def _seeded(*seeds: int) -> Iterator[None]:
+    """Global generators, for data sets and transforms of others that draw from them: seeded for each image, so that
+    ranks and workers differ and a resumed run draws the same. torch's is put back: it is the training step's."""
+    seed = int(np.random.SeedSequence((*seeds, 1)).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
 
 
 def _no_shared_memory(error: Exception) -> DataError:

@@ -31,12 +31,16 @@ class TrainSampler:
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """This rank's batches: `batches_per_epoch` lists of `batch_size_per_rank` image indices."""
-        rng = np.random.default_rng((self.seed, epoch))
-        batches = np.concatenate([self._batches(rng.permutation(group)) for group in self.groups])
-        batches = batches[rng.permutation(len(batches))]
+        batches = self.order(epoch)
         # The first batches come again at the end, so that no rank runs out before the others.
         dealt = np.arange(self.rank, self.batches_per_epoch * self.world_size, self.world_size) % len(batches)
         return batches[dealt].tolist()
+
+    def order(self, epoch: int) -> np.ndarray:
+        """[batches, batch_size] image indices of all ranks' batches, in the order in which they are dealt."""
+        rng = np.random.default_rng((self.seed, epoch))
+        batches = np.concatenate([self._batches(rng.permutation(group)) for group in self.groups])
+        return batches[rng.permutation(len(batches))]
 
     def _batches(self, group: np.ndarray) -> np.ndarray:
         """[n, batch_size] indices; the last batch is completed with the group's first images."""

@@ -32,8 +32,12 @@ def write_atomically(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        # On a full disk torch.save's writer fails once more while it ends, and that hides the first failure
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(f"cannot write {path}: {cause.strerror or cause}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

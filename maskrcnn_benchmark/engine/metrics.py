@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import math
+import socket
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from ..device import Device
+from ..device.base import Event
 from . import distributed
 from .nonfinite import BadStep
 
@@ -77,6 +83,50 @@ class LossWindow:
     def _bad(self, rows: Tensor, number: int) -> BadStep:
         iteration, _, image_ids = self._steps[number]
         return BadStep(iteration, image_ids, dict(zip(self.names, rows[number].tolist())))
+
+
+class Pace:
+    """What a rank needs by itself for a step: reading data, and the forward passes, in which nobody waits for another.
+
+    The whole step tells nothing: every rank has the time of the slowest one.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._steps: list[tuple[float, float]] = []
+        self._forwards: list[tuple[Event, Event]] = []
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a forward pass; marks in the device's queue, no waiting."""
+        marks = self._device.event(), self._device.event()
+        marks[0].record()
+        yield
+        marks[1].record()
+        self._forwards.append(marks)
+
+    def add(self, step_seconds: float, data_seconds: float) -> None:
+        """One step: its whole time, and the part of it spent waiting for data."""
+        self._steps.append((step_seconds, data_seconds))
+
+    def stragglers(self, share: float) -> list[str]:
+        """The ranks for which the others waited more than `share` of their steps since the last call, on every rank. To
+        be called where the device has been waited for."""
+        count = max(1, len(self._steps))
+        step, data = (sum(column) / count for column in zip(*self._steps))
+        forward = sum(begin.elapsed_time(end) for begin, end in self._forwards) / 1000 / count
+        self._steps.clear()
+        self._forwards.clear()
+        ranks = distributed.all_values((socket.gethostname(), step, data, forward))
+        slow = []
+        for rank, (host, step, data, forward) in enumerate(ranks):
+            others = [d + f for r, (_, _, d, f) in enumerate(ranks) if r != rank]
+            if others and data + forward - statistics.median(others) > share * step:
+                slow.append(
+                    f"rank {rank} on {host} is slow: in a step it gets its data in {data:.3f} s and goes forward in"
+                    f" {forward:.3f} s, the others do both in {statistics.median(others):.3f} s"
+                )
+        return slow
 
 
 class MetricsWriter:

@@ -24,7 +24,7 @@ from ..benchmark import environment
 from ..config import dump, parse_config, sha256
 from ..data.catalog import check_same_categories, check_same_keypoints
 from ..data.coco import CocoDataset
-from ..data.loader import train_loader
+from ..data.loader import TrainLoader, train_loader
 from ..device import Device
 from ..errors import CheckpointError, ConfigError, Terminated
 from ..evaluation.coco import format_table
@@ -33,10 +33,10 @@ from ..models.weights import load_weights
 from ..report import mllog, run_page
 from ..report.console import TrainingMeter, training_progress
 from ..structures import ImageBatch, Targets
-from . import checkpoint, distributed, nonfinite, scoring, watch
+from . import checkpoint, determinism, distributed, nonfinite, scoring, watch
 from .datasets import open_dataset, test_datasets
 from .inference import combine, evaluate_model, run_model
-from .metrics import LossWindow, MetricsWriter
+from .metrics import LossWindow, MetricsWriter, Pace
 from .optim import Schedule, make_optimizer, make_schedule, set_learning_rate
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class Run:
     scaler: torch.amp.GradScaler
     guard: nonfinite.Guard
     schedule: Schedule
+    loader: TrainLoader
     batches: Iterator[Batch]
     steps_per_epoch: int
     dataset: CocoDataset
@@ -81,12 +82,14 @@ class Run:
     pending: Pending | None = None
     loss: float | None = None
     losses: LossWindow = field(init=False)
+    pace: Pace = field(init=False)
     termination: watch.Termination = field(default_factory=watch.Termination)
     performance: dict[str, Any] = field(default_factory=dict)
     mllog: mllog.MLLog = field(default_factory=mllog.MLLog)
 
     def __post_init__(self) -> None:
         self.losses = LossWindow(self.guard.policy, self.guard.allowed)
+        self.pace = Pace(self.device)
 
 
 @dataclass
@@ -117,13 +120,15 @@ def train(run: Run) -> int:
             batches = [next(run.batches) for _ in range(cfg.SOLVER.ACCUMULATE_STEPS)]
         watch.at("computing")
         started = time.perf_counter()
-        losses = train_step(run, batches)
+        with determinism.all_at_once(cfg.DETERMINISTIC and iteration == run.start, run.device):
+            losses = train_step(run, batches)
         done = run.done = iteration + 1
         run.losses.add(done, losses, [i for images, _ in batches for i in images.image_ids], run.guard.left_out)
         due = _due(cfg, run.steps_per_epoch, done, total)
         if due.log:
             values = read_losses(run)  # waits for the device: the only place where a step does
         run.meter.add(time.perf_counter() - waited, started - waited)
+        run.pace.add(time.perf_counter() - waited, started - waited)
         if due.log:
             log(run, done, values)
             collect(run, wait=False)
@@ -151,7 +156,7 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for number, (images, targets) in enumerate(batches):
         with _no_gradient_exchange(run.parallel, number + 1 < len(batches)):
-            with run.device.autocast(_dtype(run.cfg)):
+            with run.device.autocast(_dtype(run.cfg)), run.pace.forward():
                 losses = run.parallel(images, targets)
             run.scaler.scale(sum(losses.values()) / len(batches)).backward()
         for name, loss in losses.items():
@@ -219,6 +224,9 @@ def log(run: Run, done: int, losses: dict[str, float]) -> None:
     run.loss = losses["loss"]
     lr, memory = run.schedule.lr(done - 1), run.device.max_memory_mb()
     logger.info(run.meter.console_line(done, losses, lr, memory))
+    for slow in run.pace.stragglers(run.cfg.LOGGING.STRAGGLER_SHARE):
+        if distributed.is_main():
+            logger.warning(slow)
     recent = run.meter.recent()
     skipped = {} if run.guard.policy == "stop" else {"skipped_steps": run.losses.skipped}
     if run.losses.skipped_now and run.scaler.is_enabled():
@@ -367,7 +375,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool | Path) -
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is empty: name a data set of data/catalog.py, such as coco_2017_train")
     if cfg.DETERMINISTIC:
-        torch.use_deterministic_algorithms(True)
+        determinism.require()
     torch.manual_seed(cfg.SEED)
     dataset = open_dataset(cfg.DATASETS.TRAIN, cfg, training=True)
     test = test_datasets(cfg)
@@ -400,6 +408,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool | Path) -
         scaler=scaler,
         guard=nonfinite.Guard(cfg, optimizer, scaler, device),
         schedule=schedule,
+        loader=loader,
         batches=iter(loader),
         steps_per_epoch=steps_per_epoch,
         dataset=dataset,
@@ -503,6 +512,7 @@ def run_training(cfg: CfgNode, device: Device, resume: bool | Path = False, skip
             checkpoint.forget(output)
     write_config(cfg, output)
     write_json(output / "environment.json", environment.describe(device, distributed.world_size()))
+    determinism.record_order(cfg, output, run.loader, run.dataset.image_ids, run.schedule.total)
     start_mllog(run, resume, begun)
     success = False
     try:
