@@ -27,8 +27,7 @@ from .data import transforms as known_transforms
 from .data.catalog import AnyDataset, open_datasets
 from .data.images import read_image
 from .device import get_device
-from .engine import distributed
-from .engine.checkpoint import write_atomically
+from .engine import checkpoint, distributed
 from .engine.datasets import test_datasets
 from .engine.inference import evaluate_model
 from .engine.predict import Predictor, detect_images, load_predictor, save_predictor
@@ -585,7 +584,7 @@ def visualize(
         directory.mkdir(parents=True, exist_ok=True)
         name = "image" if isinstance(image, np.ndarray) else Path(image).name
         _, png = cv2.imencode(".png", picture)
-        write_atomically(directory / f"visualize_{name}.png", lambda file: file.write(png.tobytes()))
+        checkpoint.write_atomically(directory / f"visualize_{name}.png", lambda file: file.write(png.tobytes()))
     return picture
 
 
@@ -605,12 +604,14 @@ def _described(result: Spec, names: Mapping[int, str]) -> Spec:
     return entry
 
 
-def _resumed(checkpoint: str | Path | None) -> Path | bool:
-    """What run_training takes for resume_checkpoint."""
-    if checkpoint is None:
+def _resumed(place: str | Path | None) -> Path | bool:
+    """What run_training takes for resume_checkpoint. Raises CheckpointError: a directory without a checkpoint."""
+    if place is None:
         return False
-    path = Path(checkpoint)
-    return (path / (path / "last_checkpoint").read_text().strip()) if path.is_dir() else path
+    found = checkpoint.last(Path(place)) if Path(place).is_dir() else Path(place)
+    if found is None:
+        raise CheckpointError(f"resume_checkpoint {place} holds no {checkpoint.LAST}: it is no run's directory")
+    return found
 
 
 def _pairs(keys: Mapping[str, Any]) -> list[Any]:

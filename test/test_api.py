@@ -239,7 +239,9 @@ def test_data_sets_reach_their_keys(configured, tmp_path):
     )
     assert cfg.INPUT.MIN_SIZE_TEST == 72 and cfg.INPUT.MAX_SIZE_TEST > 10**6
     assert cfg.TEST.METRICS == ("coco", "voc07") and cfg.TEST.IMS_PER_BATCH == 5 and cfg.SOLVER.EARLY_STOP_PATIENCE == 3
-    assert (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
+    with pytest.raises(CheckpointError, match="holds no last_checkpoint"):
+        mb.MaskRCNN(device="cpu").train(12, data, save_dir=tmp_path, resume_checkpoint=tmp_path)
+    (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
     other = mb.datasets.Dataset("voc_2007_val", [transforms.Normalize(), resize], data_dir="data")
     with pytest.raises(ConfigError, match="Normalize"):
         mb.MaskRCNN(device="cpu").train(12, data, eval_dataset=other, save_dir=tmp_path)
@@ -247,10 +249,9 @@ def test_data_sets_reach_their_keys(configured, tmp_path):
 
 
 def test_names_of_data_sets():
-    file = mb.datasets.CocoDetection("some & pictures", "a.json").name
-    assert (
-        file == f"coco://{Path('a.json').resolve()}?images={str(Path.cwd()).replace(' ', '%20')}/some%20%26%20pictures"
-    )
+    name = mb.datasets.CocoDetection("some & pictures", "a.json").name
+    directory = str(Path.cwd()).replace(" ", "%20")
+    assert name == f"coco://{Path('a.json').resolve()}?images={directory}/some%20%26%20pictures"
     voc = mb.datasets.VOCDetection("VOC2012", split="val", classes=["a b", "c"])
     assert voc.name == f"voc://{Path('VOC2012').resolve()}?split=val&classes=a+b%2Cc"
     assert api.test_data_keys(voc, 1, None)["TEST.METRICS"] == ("coco", "voc07")
