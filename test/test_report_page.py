@@ -65,8 +65,9 @@ def test_the_page_of_a_run_holds_its_numbers(trained):
     assert words[words.index("Box AP") + 1] == f"{result['bbox']['AP']:.4f}"
     metrics = lines_of(trained / "metrics.jsonl")
     said = [re.fullmatch(r"iteration (\d+):  (\S+) no unit", word) for word in words]
-    losses = {int(match[1]): float(match[2]) for match in said if match}
-    assert losses == pytest.approx({line["iter"]: line["loss"] for line in metrics}, rel=1e-3)
+    drawn = [(int(match[1]), float(match[2])) for match in said if match]
+    for column, points in (("loss", drawn[:6]), ("lr", drawn[6:])):
+        assert dict(points) == pytest.approx({line["iter"]: line[column] for line in metrics}, rel=1e-3)
     for part in ("loss_mask", "loss_rpn_box_reg"):
         assert part.removeprefix("loss_") in words
     assert result["environment"]["device_name"] in text and "BASE_LR" in text
@@ -112,6 +113,14 @@ def test_runs_side_by_side(trained, again, tmp_path):
     assert page.words[place + 1 : place + 3] == ["6", "66"] and "SOLVER.BASE_LR" not in page.words
     lines = [attributes["class"] for tag, attributes in page.tags if tag == "polyline"]
     assert lines.count("course c0") == lines.count("course c1") > 8
+
+
+def test_the_environment_is_that_of_the_start(again):
+    (again / "environment.json").write_text('{"commit": "0123456789abcdef", "device_name": "A lathe"}')
+    assert "A lathe" in " ".join(page_of(again).words)
+    result = json.loads((again / "result.json").read_text()) | {"iteration": None}
+    (again / "result.json").write_text(json.dumps(result))  # as test_net.py writes it
+    assert read_runs([again])[0].environment == result["environment"]
 
 
 def test_a_run_is_named_where_it_is_not_one(trained, tmp_path):
