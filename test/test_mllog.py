@@ -38,7 +38,7 @@ def trained(tmp_path_factory, tiny_config):
     cfg = get_config(tiny_config, [*options, "SAVE_CHECKPOINTS", "False", *CLOSED, *target])
     scores = iter([POOR, GOOD])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "evaluate_model", lambda *_: next(scores))
+        patch.setattr(train, "evaluate_model", lambda *_: next(scores) | {"eval_seconds": 1.0})
         train.run_training(cfg, get_device("cpu"))
     return output / "mllog.txt"
 

@@ -65,8 +65,9 @@ def test_the_page_of_a_run_holds_its_numbers(trained):
     assert words[words.index("Box AP") + 1] == f"{result['bbox']['AP']:.4f}"
     metrics = lines_of(trained / "metrics.jsonl")
     said = [re.fullmatch(r"iteration (\d+):  (\S+) no unit", word) for word in words]
-    losses = {int(match[1]): float(match[2]) for match in said if match}
-    assert losses == pytest.approx({line["iter"]: line["loss"] for line in metrics}, rel=1e-3)
+    drawn = [(int(match[1]), float(match[2])) for match in said if match]
+    for column, points in (("loss", drawn[:6]), ("lr", drawn[6:])):
+        assert dict(points) == pytest.approx({line["iter"]: line[column] for line in metrics}, rel=1e-3)
     for part in ("loss_mask", "loss_rpn_box_reg"):
         assert part.removeprefix("loss_") in words
     assert result["environment"]["device_name"] in text and "BASE_LR" in text
@@ -81,12 +82,18 @@ def test_the_page_needs_nothing_else(trained):
     assert not list(trained.glob(".report*"))
 
 
-def test_pictures_come_worst_first(trained):
-    (files,) = read_runs([trained])
-    counted = {str(row[0]): row[1:] for row in files.details["coco_2017_val"]["images"]}
-    assert [list(picture.counts) for picture in files.pictures] == [counted[p.path.stem] for p in files.pictures]
-    qualities = [picture.quality for picture in files.pictures]
-    assert qualities == sorted(qualities) and len(qualities) == 5
+def test_pictures_come_worst_first(again):
+    path = again / "inference" / "coco_2017_val_details.json"
+    details = json.loads(path.read_text())
+    assert [len(row) for row in details["images"]] == [4] * 5
+    right = (2, 0, 4, 1, 3)  # of four, in the order of the ids; the model of six steps finds nothing
+    details["images"] = [[row[0], 4, 4, count] for row, count in zip(details["images"], right)]
+    path.write_text(json.dumps(details))
+    ids = [row[0] for row in details["images"]]
+    (files,) = read_runs([again])
+    assert [picture.name for picture in files.pictures] == [f"{ids[i]}.png" for i in (1, 3, 0, 4, 2)]
+    said = [word for word in page_of(again).words if "objects right" in word]
+    assert said[1] == f"{ids[3]}.png: 1 of 4 objects right, 3 false detections, F1 0.25"
     f1 = [Picture(Path(), "", counts).quality for counts in ((4, 2, 1), (0, 0, 0), (0, 3, 0), (2, 2, 2))]
     assert f1 == [pytest.approx(1 / 3), 1, 0, 1]  # precision 1/2 and recall 1/4: 2 / (2 + 4)
 
@@ -112,6 +119,14 @@ def test_runs_side_by_side(trained, again, tmp_path):
     assert page.words[place + 1 : place + 3] == ["6", "66"] and "SOLVER.BASE_LR" not in page.words
     lines = [attributes["class"] for tag, attributes in page.tags if tag == "polyline"]
     assert lines.count("course c0") == lines.count("course c1") > 8
+
+
+def test_the_environment_is_that_of_the_start(again):
+    (again / "environment.json").write_text('{"commit": "0123456789abcdef", "device_name": "A lathe"}')
+    assert "A lathe" in " ".join(page_of(again).words)
+    result = json.loads((again / "result.json").read_text()) | {"iteration": None}
+    (again / "result.json").write_text(json.dumps(result))  # as test_net.py writes it
+    assert read_runs([again])[0].environment == result["environment"]
 
 
 def test_a_run_is_named_where_it_is_not_one(trained, tmp_path):

@@ -100,8 +100,9 @@ def _read_run(path: Path, name: str) -> RunFiles:
         )
         run.result = {}
     run.environment = run.result.get("environment") or {}
-    if not run.environment and (path / "environment.json").is_file():
-        run.environment = _object(run, "environment.json")
+    if (path / "environment.json").is_file() and (reached is not None or not run.environment):
+        # Of the run's start: the source tree may have changed before it wrote result.json
+        run.environment = _object(run, "environment.json") or run.environment
     if not run.environment:
         run.missing.append("environment.json is not there: device, versions and commit")
     if run.evaluations or run.result.get("bbox") or run.result.get("box_proposal"):

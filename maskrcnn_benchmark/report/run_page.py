@@ -109,7 +109,7 @@ def facts(run: RunFiles) -> list[Fact]:
         Fact("Evaluation speed", None if trained else performance.get("images_per_second"), _in("images/s")),
         Fact("Step, median", (speed.get("step_ms") or {}).get("p50"), _in("ms")),
         Fact("Step, 99th percentile", (speed.get("step_ms") or {}).get("p99"), _in("ms")),
-        Fact("Waiting for data", None if wait is None else 100 * wait, _in("% of steps")),
+        Fact("Waiting for data", None if wait is None else 100 * wait, _in("% of time")),
         Fact("Peak memory", memory, _in("MB")),
         Fact("Iterations", run.iterations or None, lambda value: f"{value:,.0f}"),
         Fact("Training time", float(_seconds(run.metrics).sum()) or None, _duration),
