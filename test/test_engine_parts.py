@@ -186,7 +186,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(CheckpointError, match="No space left"):
         checkpoint.write_atomically(tmp_path / "model_0000001.pth", fail)
     assert checkpoint.read(tmp_path / "model_0000001.pth")["model"] == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model_0000001.pth"]
+    names = ["checkpoints.txt", "last_checkpoint", "model_0000001.pth"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_a_fresh_run_forgets_the_former_ones_checkpoint(tmp_path):

@@ -274,10 +274,10 @@ def test_a_frozen_rank_is_named(tiny_config, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MB, where this process may mount one."""
+    """A file system of 6 MB, where this process may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(place)]
     try:
         mounted = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -289,16 +289,14 @@ def small_disk(tmp_path):
 
 
 def test_a_full_and_a_read_only_disk(run, tiny_config, small_disk):
-    """A checkpoint has some 1 MB: it ends in an error at the third, the second is whole, and nothing lies about."""
+    """A checkpoint has some 2 MB: the third ends the run, the second is whole, and nothing half written lies about."""
     output = small_disk / "out"
     arguments = ("--config-file", tiny_config, "--device", "cpu", "--skip-test", "OUTPUT_DIR", output)
     (small_disk / "other").write_bytes(b"x" * 1_000_000)
-    size = 3 << 20
     result = run(TRAIN, *arguments, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER", 50)
     assert_user_error(result, "cannot write", "model_00", "No space left on device")
     found = checkpoint.read_last(output)
     assert found is not None and not list(output.glob(".*.tmp"))
-    assert sum(path.stat().st_size for path in small_disk.rglob("*") if path.is_file()) < size
     (small_disk / "other").unlink()
     for path in output.glob("model_*.pth"):
         if path != found[0]:

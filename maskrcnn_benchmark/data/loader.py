@@ -39,6 +39,8 @@ Read = tuple[ImageBatch, Targets, tuple[int, ...] | None]
 SHARED_MEMORY = Path("/dev/shm")
 # Batches that each worker prepares ahead; batches that may be on their way to the device meanwhile
 PREFETCH, IN_FLIGHT = 2, 3
+# How long a worker lives on after SIGTERM
+LAST_SECONDS = 20
 
 
 def collate(
@@ -431,6 +433,8 @@ def _start_worker(number: int) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends the workers
+    # torchrun sends SIGTERM to the workers too, but their rank still finishes a step with the main one, which saves
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_SECONDS))
 
 
 @contextmanager

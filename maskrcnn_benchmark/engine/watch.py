@@ -68,9 +68,10 @@ class Termination:
             self._former = signal.signal(signal.SIGTERM, self._handle)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._former)
+            # torchrun sends another one when the first rank has gone, perhaps while the main rank still saves
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if kind is Terminated else self._former)
 
     def _handle(self, *_) -> None:
         self.asked = True
