@@ -417,7 +417,7 @@ def test_upstreams_names_of_cityscapes(cityscapes_root):
 
 def test_cityscapes_instance_ids_are_the_same(cityscapes_root):
     polygons = formats.read(f"cityscapes://{cityscapes_root}?labels=polygons")
-    instance_map = cityscapes.draw(cityscapes_objects(), cityscapes_root)
+    instance_map = cityscapes.draw(cityscapes_objects(), cityscapes_root, (40, 60))
     assert set(np.unique(instance_map)) == {0, 24000, 26000, 26001, 33}
     instance_map[instance_map == 0] = 7  # road, in the real files
     stem = cityscapes_root / "gtFine" / "train" / "ulm" / "ulm_000000_000019_gtFine"

@@ -21,6 +21,8 @@ from .defaults import get_defaults
 from .legacy import UPSTREAM, is_upstreams, translate
 
 BASE_KEY = "_BASE_"
+# Of a yaml file; all keys there are, dumped, take about 700.
+_MOST_NODES = 100_000
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +74,10 @@ def _finish(cfg: CfgNode, overrides: Sequence[str]) -> CfgNode:
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict]]:
     """The file's bases, depth first, then the file: each with its own values."""
-    path = path.resolve()
+    try:
+        path = (above[-1].parent if above else Path()).joinpath(path.expanduser()).resolve()
+    except (ValueError, RuntimeError) as error:  # what no name can hold; the home of nobody
+        raise ConfigError(f"cannot read config file {str(path)!r}: {error}") from error
     if path in above:
         raise ConfigError(f"{path}: {BASE_KEY} runs in a circle: {' -> '.join(p.name for p in (*above, path))}")
     try:
@@ -92,18 +97,37 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: {BASE_KEY} must be a path or a list of paths, not {bases!r}")
     for base in bases:
-        yield from _read(path.parent / Path(base).expanduser(), (*above, path))
+        yield from _read(Path(base), (*above, path))
     yield path, values
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text) or {}
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if _has_more_nodes(node, _MOST_NODES):
+            raise ConfigError(f"{source} has more than {_MOST_NODES:,} values, once its aliases (*name) are replaced")
+        values = loader.construct_document(node) or {} if node else {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid yaml: {' '.join(str(error).split())}") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:  # of !!bool x, 2001-99-99
+        raise ConfigError(f"{source} has a value that yaml cannot read: {type(error).__name__} {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{source} holds a {type(values).__name__}; a config file is a mapping of keys to values")
     return values
+
+
+def _has_more_nodes(node: yaml.Node | None, most: int) -> bool:
+    """Whether these are more nodes than that. An alias counts as what it stands for: ten lines of aliases to the lines
+    above, ten each, are 10^10 values."""
+    waiting, seen = [node], 0
+    while waiting and seen + len(waiting) <= most:
+        node, seen = waiting.pop(), seen + 1
+        if isinstance(node, yaml.MappingNode):
+            waiting += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+    return bool(waiting)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -133,12 +157,14 @@ def _coerce(default: Any, value: Any, key: str, source: str) -> Any:
     if isinstance(default, CfgNode):
         raise ConfigError(f"{source}: {key} is a section, not a key")
     if isinstance(value, str) and not isinstance(default, str):
-        with suppress(ValueError, SyntaxError):  # reported below, as a value of the wrong type
+        # reported below, as a value of the wrong type; nesting without end is a MemoryError or a RecursionError
+        with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = literal_eval(value)
     if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)  # e.g. DATA.PATH 2017 on the command line
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        with suppress(OverflowError):  # an integer of hundreds of digits stays one, and is refused
+            value = float(value)
     if isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
         value = type(default)(value)
     if type(value) is not type(default):

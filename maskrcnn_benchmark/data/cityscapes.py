@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from ..errors import DataError
 from .content import Builder, Source, listed, read_json, split_instances
+from .images import image_size
 from .masks import read_map
 
 # The classes that have instances, with Cityscapes' own ids
@@ -48,7 +49,7 @@ def read(path: Path, split: str = "train", labels: str = "") -> Source:
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise DataError(f"{files[0]} does not exist, but its image does")
-        instance_map = read_map(file) if file.suffix == ".png" else draw(read_json(file), file)
+        instance_map = read_map(file) if file.suffix == ".png" else draw(read_json(file), file, image_size(image))
         image_id = builder.add_image(f"{image.parent.name}/{image.name}", instance_map.shape)
         names = {number: name for name, number in CATEGORIES.items()}
         for value, mask in split_instances(instance_map, (_NONE,)).items():
@@ -58,12 +59,18 @@ def read(path: Path, split: str = "train", labels: str = "") -> Source:
     return builder.finish()
 
 
-def draw(content: dict[str, Any], file: Path) -> np.ndarray:
+def draw(content: dict[str, Any], file: Path, size: tuple[int, int]) -> np.ndarray:
     """The instance map [H, W] of a polygons file; what is no instance is 0. A later polygon hides an earlier one, also
-    when it is none of the classes with instances."""
+    when it is none of the classes with instances.
+
+    size: (height, width) of the image, which the file must state too: a canvas of any size could not be held.
+    """
     counts = dict.fromkeys(CATEGORIES, 0)
     try:
-        canvas = Image.new("I", (content["imgWidth"], content["imgHeight"]), _NONE)
+        stated = (content["imgHeight"], content["imgWidth"])
+        if stated != size:
+            raise DataError(f"{file} says that its image is {stated} (height, width), but it is {size}")
+        canvas = Image.new("I", size[::-1], _NONE)
         pen = ImageDraw.Draw(canvas)
         for entry in content["objects"]:
             if entry.get("deleted") or entry["label"] == _UNDRAWN:
@@ -76,6 +83,6 @@ def draw(content: dict[str, Any], file: Path) -> np.ndarray:
             elif name.removesuffix("group") in CATEGORIES:
                 value = CATEGORIES[name.removesuffix("group")]
             pen.polygon([tuple(point) for point in entry["polygon"]], fill=value)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{file} is not a Cityscapes polygons file: {type(error).__name__} {error}") from error
     return np.array(canvas)

@@ -32,16 +32,21 @@ logger = logging.getLogger(__name__)
 PROBLEMS = {
     "duplicate_id": "share their id with another annotation",
     "missing_bbox": "have no bbox: it is computed from the segmentation",
-    "not_finite": "have NaN or infinite coordinates and are dropped",
+    "not_finite": "have coordinates that are NaN, infinite or millions of pixels away, and are dropped",
     "zero_area": "have a box without area and are dropped",
     "outside": "lie outside their image and are dropped",
     "clipped": "reach more than a pixel beyond their image: the box is clipped",
-    "bad_polygon": "have a polygon of fewer than 3 points or of an odd number of coordinates: the polygon is dropped",
+    "bad_polygon": "have a polygon of fewer than 3 points, of an odd number of coordinates, or of an endless outline:"
+    " the polygon is dropped",
     "bad_rle": "have an RLE that is damaged or not of their image's size, and are dropped",
     "no_mask": "have no usable mask and are dropped",
 }
 LISTS = ("images", "annotations", "categories")
 GROUPS_AT_ONCE = 1 << 16
+# Pixels from 0 that a coordinate may lie: float32 tells apart no more, and pycocotools counts five to a pixel in 32
+# bits. Also the longest outline of a polygon: drawing takes 40 bytes a pixel of it, and 10,000 points that jump to and
+# fro over a large image would take many GB.
+FARTHEST = 1 << 24
 IMAGE_KEYS = ("id", "file_name", "height", "width")
 _STANDARD_KEYS = {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
 
@@ -267,7 +272,7 @@ class Packer:
         except _Unusable as problem:
             self._note(str(problem))
             self._append_unusable(annotation)
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
             self._append_unusable(annotation)
             raise DataError(
                 f"{self.file}: annotation id {annotation['id']}: bbox must be [x, y, width, height], and segmentation"
@@ -314,9 +319,9 @@ class Packer:
             return [], _compress(segmentation)
         if isinstance(segmentation[0] if segmentation else None, (int, float)):
             segmentation = [segmentation]  # one polygon without the outer list, which pycocotools takes too
-        if not all(math.isfinite(sum(polygon)) for polygon in segmentation):
+        if not all(_within_reach(polygon) for polygon in segmentation):
             raise _Unusable("not_finite")
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
+        polygons = [polygon for polygon in segmentation if drawable(polygon)]
         if len(polygons) < len(segmentation):
             self._note("bad_polygon")
         if self.masks and not polygons:
@@ -340,7 +345,7 @@ class Packer:
         if not self.wants_keypoints:
             return
         points = annotation.get("keypoints") or []
-        if not math.isfinite(sum(points)):
+        if not _within_reach(points):
             raise _Unusable("not_finite")
         self.keypoints.extend(points)
 
@@ -474,6 +479,21 @@ class _Unusable(Exception):
     """An annotation to drop; the message is the kind of problem."""
 
 
+def _within_reach(numbers: list[float]) -> bool:
+    """Whether these are numbers, and coordinates of something near an image."""
+    return math.isfinite(sum(numbers)) and (not numbers or -FARTHEST < min(numbers) <= max(numbers) < FARTHEST)
+
+
+def drawable(polygon: list[float]) -> bool:
+    """Whether [x, y, x, y, ...] is a polygon, whose outline is not too long to be drawn."""
+    if len(polygon) < 6 or len(polygon) % 2:
+        return False
+    if len(polygon) * (max(polygon) - min(polygon)) < FARTHEST:  # as nearly every polygon
+        return True
+    steps = np.abs(np.diff(np.reshape(polygon, (-1, 2)), axis=0))
+    return float(steps.max(axis=1).sum()) < FARTHEST
+
+
 def _bounds(polygons: list[list[float]], rle: dict | None) -> list[float]:
     """[x, y, width, height] around a segmentation."""
     if rle:
@@ -488,6 +508,8 @@ def _compress(rle: dict) -> dict:
     """With "counts" as compressed text. Its size is compared with the image's when that is known."""
     size = rle.get("size")
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise _Unusable("bad_rle")
+    if size[0] * size[1] >= 2**32:  # pycocotools counts in 32 bits
         raise _Unusable("bad_rle")
     sound = sound_rle(rle, *size)
     if sound is None:

@@ -259,7 +259,7 @@ def _zip_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, file: Path) -> 
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise DataError(f"{file}: {info.filename!r} is a link or a device: refused")
-    return _Member(info.filename, info.file_size, None if info.is_dir() else lambda: archive.open(info))
+    return _Member(info.filename, info.file_size, None if info.filename.endswith("/") else lambda: archive.open(info))
 
 
 def _tar_member(archive: tarfile.TarFile, info: tarfile.TarInfo, file: Path) -> _Member:

@@ -64,7 +64,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
             width, height = image.size
             turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "it is damaged or not an image"
+        reason = getattr(error, "strerror", None) or f"it is damaged or not an image ({error})"
         raise DataError(f"image {path} cannot be read: {reason}") from error
     return (width, height) if turned else (height, width)
 
@@ -95,6 +95,6 @@ def orientation_of(data: bytes) -> int:
     """The EXIF orientation, 1..8; 1 where there is none or it is broken."""
     try:
         orientation = Image.open(io.BytesIO(data)).getexif().get(_EXIF_ORIENTATION, 1)
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return 1
     return orientation if orientation in _UPRIGHT else 1

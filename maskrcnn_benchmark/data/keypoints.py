@@ -64,6 +64,8 @@ def of_categories(categories: Sequence[dict[str, Any]], file: str) -> Skeleton:
     where = f"{file}: category {having[0]['name']}"
     skeleton = named(having[0]["keypoints"], where)
     limbs = having[0].get("skeleton") or []
+    if not isinstance(limbs, list):
+        raise DataError(f"{where}: skeleton must be a list, not {limbs!r}")
     for limb in limbs:
         if not isinstance(limb, list) or len(limb) != 2 or not all(end in range(1, len(skeleton) + 1) for end in limb):
             raise DataError(f"{where}: skeleton has {limb!r}, but must have pairs of keypoints 1..{len(skeleton)}")

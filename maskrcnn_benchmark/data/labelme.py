@@ -10,11 +10,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ..errors import DataError
 from .content import Builder, Mask, Source, listed, numbered, read_json, split_instances
 from .images import image_size
+from .masks import read_map
 from .shapes import circle, rectangle
 
 _FEW = "a point, a line, or a polygon of fewer than three points has no inside"
@@ -34,11 +34,13 @@ def read(path: Path, classes: str = "") -> Source:
             raise DataError(f"{file} is not a labelme file: it has no shapes")
         file_name = _image_of(content, file, path)
         stated = (content.get("imageHeight"), content.get("imageWidth"))
-        size = stated if all(stated) else image_size(path / file_name)
-        image_id = builder.add_image(file_name, size)
         try:
+            # A mask is drawn on a canvas of the image's size, which must be that of a file and not a mere number.
+            drawn = any(shape.get("shape_type") == "mask" for shape in content["shapes"])
+            size = stated if all(stated) and not drawn else image_size(path / file_name)
+            image_id = builder.add_image(file_name, size)
             _add_shapes(builder, image_id, content["shapes"], size, file)
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (DataError, KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
             raise DataError(f"{file}: a shape is damaged: {type(error).__name__} {error}") from error
     return builder.finish()
 
@@ -47,7 +49,7 @@ def _image_of(content: dict[str, Any], file: Path, root: Path) -> str:
     """The image's file name relative to the root: where imagePath says, or beside its JSON file, as after a move."""
     stated = PureWindowsPath(str(content.get("imagePath", "")))  # takes / and \\
     for place in (file.parent / stated.as_posix(), file.parent / stated.name):
-        if place.is_file():
+        if os.path.isfile(place):  # of a name too long, too: Path.is_file raises
             return os.path.relpath(place, root)
     raise DataError(f"{file}: its image {stated.as_posix()!r} is neither there nor beside it")
 
@@ -81,7 +83,7 @@ def _outline(kind: str, points: np.ndarray) -> np.ndarray:
 
 def _mask(encoded: str, points: np.ndarray, size: tuple[int, int]) -> Mask:
     """A PNG of the box between the first and the last point, both included."""
-    pixels = np.array(Image.open(io.BytesIO(base64.b64decode(encoded)))).astype(bool)
+    pixels = read_map(io.BytesIO(base64.b64decode(encoded))).astype(bool)
     x, y = np.round(points[0]).astype(int)
     whole = np.zeros(size, np.uint8)
     part = whole[y : y + pixels.shape[0], x : x + pixels.shape[1]]

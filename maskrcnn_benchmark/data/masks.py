@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -49,15 +50,18 @@ def read_penn_fudan(path: Path) -> Source:
     return read(path, images="PNGImages", masks="PedMasks", category="pedestrian")
 
 
-def read_map(path: Path) -> np.ndarray:
+def read_map(file: Path | BinaryIO) -> np.ndarray:
     """[H, W] integers: grey value, palette index, or red * 65536 + green * 256 + blue. Raises DataError."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
+            if image.mode == "CMYK":
+                raise ValueError("CMYK has no values of objects")
             if image.mode in ("RGBA", "LA", "PA"):
                 image = image.convert({"RGBA": "RGB", "LA": "L", "PA": "P"}[image.mode])
             pixels = np.array(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"mask {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        where = f" {file}" if isinstance(file, Path) else ""
+        raise DataError(f"mask{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if pixels.ndim == 2:
         return pixels.astype(np.int32)
     red, green, blue = np.moveaxis(pixels.astype(np.int32), 2, 0)
@@ -66,6 +70,7 @@ def read_map(path: Path) -> np.ndarray:
 
 def _colours(ignore: str) -> list[int]:
     try:
-        return [0, *(int(number) for number in ignore.split(",") if number)]
-    except ValueError:
+        colours = np.array([0, *(int(number) for number in ignore.split(",") if number)], np.int32)
+    except (ValueError, OverflowError):
         raise DataError(f"ignore={ignore} must be whole numbers, separated by commas") from None
+    return colours.tolist()

@@ -8,6 +8,8 @@ import numpy as np
 
 # A polygon keeps this close to the curve that it stands for, in pixels.
 _TOLERANCE = 0.1
+# Pixels; a circle of this radius has 29,000 points, a larger one as many as memory holds.
+_LARGEST = 1 << 24
 
 
 def rectangle(x: float, y: float, width: float, height: float) -> np.ndarray:
@@ -17,6 +19,8 @@ def rectangle(x: float, y: float, width: float, height: float) -> np.ndarray:
 def ellipse(cx: float, cy: float, rx: float, ry: float, angle: float = 0.0) -> np.ndarray:
     """angle: in radians, from the x axis towards the y axis, that is clockwise on the screen."""
     largest = max(rx, ry, 1.0)
+    if not largest < _LARGEST:
+        raise ValueError(f"its radius {largest:g} is no number of pixels in a picture")
     count = max(16, math.ceil(math.pi / math.acos(1 - _TOLERANCE / largest)))
     turn = np.arange(count) * (2 * math.pi / count)
     x, y = rx * np.cos(turn), ry * np.sin(turn)

@@ -31,14 +31,14 @@ def read(path: Path, images: str = "", attribute: str = "", category: str = "", 
     attribute = attribute or _only_attribute(entries, path)
     if not attribute:
         category = category or "object"
-    builder = Builder(path, path.parent / images, numbered(classes) or _options(content, attribute))
+    builder = Builder(path, path.parent / images, numbered(classes) or _options(content, attribute, path))
     for entry in entries:
         image_id = builder.add_image(entry["filename"])
-        for number, region in enumerate(_regions(entry)):
+        for number, region in enumerate(_regions(entry, path)):
             where = f"region {number} of {entry['filename']}"
             try:
                 outline = _outline(region["shape_attributes"])
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise DataError(f"{path}: {where} is damaged: {type(error).__name__} {error}") from error
             name = _class_of(region, attribute) or category
             if outline is None:
@@ -56,18 +56,32 @@ def _entries(content: Any, path: Path) -> Iterator[dict[str, Any]]:
     entries = list(entries.values()) if isinstance(entries, dict) else []
     if not entries or not all(isinstance(entry, dict) and isinstance(entry.get("filename"), str) for entry in entries):
         raise DataError(f"{path} is not a VIA file: it needs an object of images, each with filename and regions")
+    for entry in entries:
+        if not all(isinstance(region, dict) and _is_region(region) for region in _regions(entry, path)):
+            raise DataError(
+                f"{path}: regions of {entry['filename']} are damaged: each needs an object of shape_attributes, and one"
+                " of region_attributes where it has any"
+            )
     yield from entries
 
 
-def _regions(entry: dict[str, Any]) -> list[dict[str, Any]]:
+def _is_region(region: dict[str, Any]) -> bool:
+    attributes = region.get("region_attributes") or {}
+    return isinstance(region.get("shape_attributes"), dict) and isinstance(attributes, dict)
+
+
+def _regions(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     """Version 1 has an object of regions "0", "1", ...; version 2 a list."""
     regions = entry.get("regions") or []
+    if not isinstance(regions, (dict, list)):
+        raise DataError(f"{path}: regions of {entry['filename']} must be a list, not {type(regions).__name__}")
     return list(regions.values()) if isinstance(regions, dict) else regions
 
 
 def _only_attribute(entries: list[dict[str, Any]], path: Path) -> str:
     """The one region attribute of the file, or "" when it has none."""
-    names = sorted({name for entry in entries for r in _regions(entry) for name in r.get("region_attributes") or {}})
+    regions = [region for entry in entries for region in _regions(entry, path)]
+    names = sorted({name for region in regions for name in region.get("region_attributes") or {}})
     if len(names) > 1:
         raise DataError(
             f"{path}: regions have the attributes {', '.join(names)}; say which names the class: ?attribute={names[0]}"
@@ -75,10 +89,13 @@ def _only_attribute(entries: list[dict[str, Any]], path: Path) -> str:
     return names[0] if names else ""
 
 
-def _options(content: dict[str, Any], attribute: str) -> dict[str, int] | None:
+def _options(content: dict[str, Any], attribute: str, path: Path) -> dict[str, int] | None:
     """The values that a project of version 2 allows for the attribute (radio, dropdown), in their order."""
-    attributes = (content.get("_via_attributes") or {}).get("region") or {}
-    options = (attributes.get(attribute) or {}).get("options") or {}
+    options: Any = content
+    for key in ("_via_attributes", "region", attribute, "options"):
+        options = options.get(key) or {}
+        if not isinstance(options, dict):
+            raise DataError(f"{path}: {key!r} of its _via_attributes must be an object, not {options!r}")
     return {name: number for number, name in enumerate(options, start=1)} or None
 
 

@@ -45,13 +45,16 @@ def _split_names(path: Path, split: str, imageset: str) -> list[str]:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise DataError(f"{' and '.join(map(str, files))} {'do' if len(files) > 1 else 'does'} not exist")
-    return [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not a UTF-8 text file") from error
 
 
 def _parse(file: Path) -> ElementTree.Element:
     try:
         return ElementTree.fromstring(file.read_bytes())
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the last two: an unknown encoding
         raise DataError(f"{file} is not valid XML: {error}") from error
 
 
@@ -66,7 +69,7 @@ def _add(builder: Builder, path: Path, name: str, root: ElementTree.Element) -> 
     instance_map = read_map(map_file) if map_file.is_file() else None
     masks = list(split_instances(instance_map, (0, _VOID)).items()) if instance_map is not None else []
     file_name = root.findtext("filename") or f"{name}.jpg"
-    size = instance_map.shape if instance_map is not None else _size(root)
+    size = instance_map.shape if instance_map is not None else _size(root, path, name)
     image_id = builder.add_image(file_name, size)
     objects = [_object(element, path, name) for element in root.iter("object")]
     pairs = match([value for value, _ in masks], [mask.bbox for _, mask in masks], [box for _, box, _ in objects])
@@ -79,9 +82,12 @@ def _add(builder: Builder, path: Path, name: str, root: ElementTree.Element) -> 
         builder.skip("a mask is where its XML has no box", f"object {lost} of {map_file}")
 
 
-def _size(root: ElementTree.Element) -> tuple[int, int] | None:
+def _size(root: ElementTree.Element, path: Path, name: str) -> tuple[int, int] | None:
     """What the XML says, unless it says nothing or 0, as some tools write."""
-    size = (int(root.findtext("size/height") or 0), int(root.findtext("size/width") or 0))
+    try:
+        size = (int(root.findtext("size/height") or 0), int(root.findtext("size/width") or 0))
+    except ValueError as error:
+        raise DataError(f"{path / 'Annotations' / name}.xml: its size is damaged: {error}") from error
     return size if all(size) else None
 
 

@@ -149,5 +149,8 @@ def read_last(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def load_model(model: nn.Module, content: dict[str, Any], path: Path) -> None:
     """The checkpoint's weights, name for name and shape for shape."""
-    check_match(content["model"], model.state_dict(), str(path))
-    model.load_state_dict(content["model"])
+    state = content["model"]
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path}: its model is no set of tensors by name")
+    check_match(state, model.state_dict(), str(path))
+    model.load_state_dict(state)

@@ -55,7 +55,7 @@ def sound_rle(rle: dict, height: int, width: int) -> tuple[dict, int] | None:
     damaged, or of another size.
 
     "counts" may be compressed (str or bytes) or a list of run lengths. pycocotools checks nothing: given a damaged RLE
-    it reads on for ever, or writes where it must not.
+    it reads on for ever, and what a mask is short of its image it fills with whatever is in memory.
     """
     counts = rle.get("counts")
     if list(rle.get("size", ())) != [height, width]:
@@ -68,9 +68,15 @@ def sound_rle(rle: dict, height: int, width: int) -> tuple[dict, int] | None:
         counts = counts.decode("ascii", "replace")
     if not isinstance(counts, str) or not _COMPRESSED.fullmatch(counts):
         return None
-    sound = {"size": [height, width], "counts": counts}
-    area = int(coco_mask.area(sound))
-    return (sound, area) if area <= height * width else None
+    if not counts:
+        return None
+    length, pixels = len(counts), height * width
+    text = torch.frombuffer(bytearray(2 * counts.encode()), dtype=torch.uint8)
+    offsets = torch.tensor([0, length, 2 * length])
+    # The second one is asked to be a pixel shorter: -1, as it covers the whole image.
+    areas = torch.ops.maskrcnn_benchmark.rle_areas(text, offsets, torch.tensor([pixels, pixels - 1]))
+    area, shorter = areas.tolist()
+    return ({"size": [height, width], "counts": counts}, area) if area >= 0 > shorter else None
 
 
 def decode_rle(rle: dict) -> np.ndarray:

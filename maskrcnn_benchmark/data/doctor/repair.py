@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from ...errors import DataError
 from ...ops.rle import sound_rle
-from ..coco import LISTS, elements_of
+from ..coco import LISTS, drawable, elements_of
 from ..json_stream import read_elements
 from .survey import Survey, beside_mask, repeated_objects
 
@@ -130,7 +130,7 @@ def _segmentation(segmentation: Any) -> Any:
         return segmentation
     if segmentation and isinstance(segmentation[0], (int, float)):
         segmentation = [segmentation]
-    return [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
+    return [polygon for polygon in segmentation if drawable(polygon)]
 
 
 def _area(segmentation: Any, height: int, width: int) -> float:
