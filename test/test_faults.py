@@ -194,7 +194,7 @@ def test_torchrun_restarts_resume_by_themselves_and_sigterm_to_one_rank_saves(ti
     output = tmp_path / "out"
     keys = ("SOLVER.MAX_ITER", "100000", "SOLVER.CHECKPOINT_PERIOD", "3", "SOLVER.CHECKPOINTS_KEPT", "2")
     case = faults.Case("", 2, keys)
-    process = faults.start(case, tiny_config, output, launcher=("--max-restarts", "1", "--monitor-interval", "0.1"))
+    process = faults.start(case, tiny_config, output, launcher=("--max-restarts", "3", "--monitor-interval", "0.1"))
     try:
         faults.wait_until(lambda: faults.progress(output) >= 7, process)
         os.kill(faults.ranks_of(process.pid, case, faults.processes(output))[1], signal.SIGKILL)
