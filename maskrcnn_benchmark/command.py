@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from .errors import UserError
+from .errors import UserError, visible
 
 # What a rank is told when another one has ended.
 LOST_CONNECTION = re.compile(r"Connection (closed|reset)|Broken pipe|Timed out waiting", re.IGNORECASE)
@@ -31,7 +31,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         raise SystemExit(main())
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
+        said = visible(str(error))
+        sys.stderr.write(f"error: {said}\n" if rank == "0" else f"error on rank {rank}: {said}\n")
         _write_to_log_files(str(error))
         raise SystemExit(error.exit_code) from None
     except OSError as error:

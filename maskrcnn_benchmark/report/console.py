@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..engine import distributed
+from ..errors import visible
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def setup_logging(output_dir: Path | None, rank: int, rank_logs: bool) -> loggin
         for name, wanted in (("log.txt", rank == 0), (f"train_{rank}.log", rank_logs)):
             if wanted:
                 handlers.append(logging.FileHandler(Path(output_dir) / name, encoding="utf-8"))
-    formatter = logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+    formatter = Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
     logging.captureWarnings(True)
     package = logging.getLogger(_PACKAGE)
     for name in (_PACKAGE, "py.warnings"):
@@ -48,6 +49,13 @@ def setup_logging(output_dir: Path | None, rank: int, rank_logs: bool) -> loggin
             target.addHandler(handler)
     package.setLevel(logging.INFO)
     return package
+
+
+class Formatter(logging.Formatter):
+    """Without control characters, which names in data sets may have."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 class TrainingMeter:
