@@ -60,8 +60,8 @@ def _entries(content: Any, path: Path) -> Iterator[dict[str, Any]]:
         for number, region in enumerate(_regions(entry, path)):
             if not isinstance(region, dict) or not _is_region(region):
                 raise DataError(
-                    f"{path}: region {number} of {entry['filename']} is damaged: it needs an object of shape_attributes,"
-                    " and one of region_attributes where it has any"
+                    f"{path}: region {number} of {entry['filename']} is damaged: it needs an object shape_attributes,"
+                    " and an object region_attributes where it has any"
                 )
     yield from entries
 
