@@ -78,7 +78,7 @@ ZIGZAG = [coordinate for n in range(20_000) for coordinate in ((n % 2) * 10**6, 
 # Name -> segmentation, what the image states, why the annotation is dropped
 BOMBS = {
     "zigzag": ([ZIGZAG], {}, "bad_polygon"),
-    "far": ([[0, 0, 1e9, 0, 1e9, 1e9]], {}, "not_finite"),
+    "far": ([[0, 0, 1e9, 0, 1e9, 1e9]], {}, "bad_polygon"),
     "huge_rle": ({"size": [10**6, 10**6], "counts": [10**12]}, {}, "bad_rle"),
     "expanding_rle": ({"size": [24, 32], "counts": [0, 10**12]}, {}, "bad_rle"),
     "endless_number": ({"size": [24, 32], "counts": "0" + "o" * 100_000 + "0"}, {}, "bad_rle"),
