@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from .errors import UserError
+from .errors import UserError, visible
 
 # What a rank is told when another one has ended.
 LOST_CONNECTION = re.compile(r"Connection (closed|reset)|Broken pipe|Timed out waiting", re.IGNORECASE)
@@ -33,7 +33,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" on rank {rank}"
-        sys.stderr.write(f"error{where}: {error}{f' [{error.help}]' if error.help else ''}\n")
+        sys.stderr.write(f"error{where}: {visible(str(error))}{f' [{error.help}]' if error.help else ''}\n")
         _write_to_log_files(str(error))
         raise SystemExit(error.exit_code) from None
     except OSError as error:

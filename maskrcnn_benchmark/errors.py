@@ -1,5 +1,15 @@
 """Errors that a person can act on. The tools print their message as one line on stderr and exit with 2."""
 
+import re
+
+# All but tabs and ends of lines
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    """Control characters as \\x1b and the like: names in a data set must not steer the terminal that shows them."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
 
 class UserError(Exception):
     """What was wrong, where (file, key, image id) and what to do, in one line."""

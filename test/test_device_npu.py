@@ -217,11 +217,3 @@ def test_env_keeps_the_cann_that_is_active(machine):
     install_cann(machine / "usr" / "local" / "Ascend" / "ascend-toolkit")
     values, _ = source_env(machine, ASCEND_HOME_PATH=str(machine / "home" / "mine" / "latest"))
     assert values["CANN_IS"] == "mine"
-
-
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-def test_env_passes_shellcheck():
-    result = subprocess.run(
-        ["shellcheck", str(ROOT / "test" / "env_npu.sh")], capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 0, result.stdout

@@ -40,12 +40,14 @@ from maskrcnn_benchmark.data.split import write_content, write_split
 from maskrcnn_benchmark.engine.checkpoint import write_atomically
 from maskrcnn_benchmark.errors import ConfigError, DataError
 from maskrcnn_benchmark.report import contact_sheet, data_page, data_report
-from maskrcnn_benchmark.report.console import progress
+from maskrcnn_benchmark.report.console import Formatter, progress
 
 
 def main() -> int | None:
     args = parse()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     return args.function(args)
 
 

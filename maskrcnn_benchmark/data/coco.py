@@ -36,8 +36,8 @@ PROBLEMS = {
     "zero_area": "have a box without area and are dropped",
     "outside": "lie outside their image and are dropped",
     "clipped": "reach more than a pixel beyond their image: the box is clipped",
-    "bad_polygon": "have a polygon of fewer than 3 points, of an odd number of coordinates, or of an endless outline:"
-    " the polygon is dropped",
+    "bad_polygon": "have a polygon of fewer than 3 points, of an odd number of coordinates, far away or of an endless"
+    " outline: the polygon is dropped",
     "bad_rle": "have an RLE that is damaged or not of their image's size, and are dropped",
     "no_mask": "have no usable mask and are dropped",
 }
@@ -319,7 +319,7 @@ class Packer:
             return [], _compress(segmentation)
         if isinstance(segmentation[0] if segmentation else None, (int, float)):
             segmentation = [segmentation]  # one polygon without the outer list, which pycocotools takes too
-        if not all(_within_reach(polygon) for polygon in segmentation):
+        if not all(math.isfinite(sum(polygon)) for polygon in segmentation):
             raise _Unusable("not_finite")
         polygons = [polygon for polygon in segmentation if drawable(polygon)]
         if len(polygons) < len(segmentation):
@@ -485,10 +485,13 @@ def _within_reach(numbers: list[float]) -> bool:
 
 
 def drawable(polygon: list[float]) -> bool:
-    """Whether [x, y, x, y, ...] is a polygon, whose outline is not too long to be drawn."""
+    """Whether these finite [x, y, x, y, ...] are a polygon near an image, whose outline is not too long to be drawn."""
     if len(polygon) < 6 or len(polygon) % 2:
         return False
-    if len(polygon) * (max(polygon) - min(polygon)) < FARTHEST:  # as nearly every polygon
+    low, high = min(polygon), max(polygon)
+    if not -FARTHEST < low <= high < FARTHEST:
+        return False
+    if len(polygon) * (high - low) < FARTHEST:  # as nearly every polygon
         return True
     steps = np.abs(np.diff(np.reshape(polygon, (-1, 2)), axis=0))
     return float(steps.max(axis=1).sum()) < FARTHEST

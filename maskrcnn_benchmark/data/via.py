@@ -57,11 +57,12 @@ def _entries(content: Any, path: Path) -> Iterator[dict[str, Any]]:
     if not entries or not all(isinstance(entry, dict) and isinstance(entry.get("filename"), str) for entry in entries):
         raise DataError(f"{path} is not a VIA file: it needs an object of images, each with filename and regions")
     for entry in entries:
-        if not all(isinstance(region, dict) and _is_region(region) for region in _regions(entry, path)):
-            raise DataError(
-                f"{path}: regions of {entry['filename']} are damaged: each needs an object of shape_attributes, and one"
-                " of region_attributes where it has any"
-            )
+        for number, region in enumerate(_regions(entry, path)):
+            if not isinstance(region, dict) or not _is_region(region):
+                raise DataError(
+                    f"{path}: region {number} of {entry['filename']} is damaged: it needs an object shape_attributes,"
+                    " and an object region_attributes where it has any"
+                )
     yield from entries
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from ..data.coco import read_coco
+from ..data.coco import drawable, read_coco
 from ..errors import ConfigError, DataError
 from ..ops.rle import rle_areas, sound_rle
 from .results import Results
@@ -370,7 +370,7 @@ def _clean_segmentation(segmentation: Any, height: int, width: int) -> list[list
     if isinstance(segmentation, list):
         if segmentation and isinstance(segmentation[0], (int, float)):
             segmentation = [segmentation]  # one polygon without the outer list
-        return [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0 and np.isfinite(p).all()] or None
+        return [p for p in segmentation if np.isfinite(p).all() and drawable(p)] or None
     sound = sound_rle(segmentation, height, width) if isinstance(segmentation, dict) else None
     return sound[0] if sound else None
 

@@ -230,7 +230,7 @@ def _distribution(name: str, new: dict[str, Any], base: dict[str, Any] | None) -
         ("of " + side + " " if base else "") + quantity(percentile(results.process_medians(value), 50), value["unit"])
         for side, value in sides
     )
-    caption = f"<b>{escape(name)}</b> ({better}): median {escape(said)}"
+    caption = f"<b>{escape(name)}</b> ({escape(better)}): median {escape(said)}"
     caption += f"; {beyond} of {len(samples)} samples lie beyond the axis, at its ends" if beyond else ""
     picture = f'<svg height="{bottom + 22}" role="img" aria-label="{escape(f"{name}: {said}", quote=True)}">'
     return f"<figure><figcaption>{caption}</figcaption>{picture}{''.join(parts)}</svg></figure>"

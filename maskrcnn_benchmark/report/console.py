@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..engine import distributed
+from ..errors import visible
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def setup_logging(output_dir: Path | None, rank: int, rank_logs: bool) -> loggin
         for name, wanted in (("log.txt", rank == 0), (f"train_{rank}.log", rank_logs)):
             if wanted:
                 handlers.append(logging.FileHandler(Path(output_dir) / name, encoding="utf-8"))
-    formatter = logging.Formatter(*_FORMAT)
+    formatter = Formatter(*_FORMAT)
     logging.captureWarnings(True)
     package = logging.getLogger(_PACKAGE)
     for name in (_PACKAGE, "py.warnings"):
@@ -68,6 +69,13 @@ def setup_logging(output_dir: Path | None, rank: int, rank_logs: bool) -> loggin
             target.addHandler(handler)
     package.setLevel(logging.INFO)
     return package
+
+
+class Formatter(logging.Formatter):
+    """Without control characters, which names in data sets may have."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 class TrainingMeter:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data.doctor import HURTS, STOPS, Finding, Survey, exit_code
 from ..data.doctor.finding import Offender
+from ..errors import visible
 
 # Offenders that the terminal shows of each finding
 _SHOWN = 3
@@ -25,7 +26,7 @@ def text(surveys: Sequence[Survey], findings: Sequence[Finding]) -> str:
         lines += [f"       - {name_of(offender)}" for offender in finding.offenders[:_SHOWN]]
         if finding.offenders and finding.count > _SHOWN:
             lines.append(f"       - and {finding.count - _SHOWN} more")
-    return "\n".join([*lines, "", verdict(findings)])
+    return visible("\n".join([*lines, "", verdict(findings)]))
 
 
 def about(survey: Survey) -> str:
