@@ -3,8 +3,8 @@
 import os
 from typing import Any
 
-# OpenCV reads it when it is loaded: a file of 3 MB may promise 2**30 pixels, its own limit, and take 3 GB.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(1 << 28))
+# Pillow's limit for OpenCV, too, which reads it when it is loaded: its own lets a file of 3 MB take 3 GB.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", "178956970")
 
 __version__ = "0.1.0"
 

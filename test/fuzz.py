@@ -486,6 +486,7 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="this input alone, as a failure names it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    faulthandler.enable()
     faulthandler.register(signal.SIGALRM, chain=True)
     logging.getLogger("maskrcnn_benchmark").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")

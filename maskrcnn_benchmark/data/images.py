@@ -11,6 +11,8 @@ from PIL import Image
 
 from ..errors import DataError
 
+# What Pillow raises at damaged files; MemoryError where one states a piece of gigabytes that is not there
+UNREADABLE = (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)
 _EXIF_ORIENTATION = 0x0112
 # First and last bytes of the formats of nearly every data set: JPEG and PNG
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND\xaeB`\x82"}
@@ -63,7 +65,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             turned = image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or f"it is damaged or not an image ({error})"
         raise DataError(f"image {path} cannot be read: {reason}") from error
     return (width, height) if turned else (height, width)
@@ -75,7 +77,7 @@ def decode(data: bytes, where: str) -> np.ndarray:
         # OpenCV 4 fills the missing part of a truncated file with gray and reports no error; PIL refuses it.
         try:
             Image.open(io.BytesIO(data)).load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{where} is damaged: {error}") from error
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -95,6 +97,6 @@ def orientation_of(data: bytes) -> int:
     """The EXIF orientation, 1..8; 1 where there is none or it is broken."""
     try:
         orientation = Image.open(io.BytesIO(data)).getexif().get(_EXIF_ORIENTATION, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except UNREADABLE:
         return 1
     return orientation if orientation in _UPRIGHT else 1

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..errors import DataError
 from .content import Builder, Source, listed, split_instances
+from .images import UNREADABLE
 
 _PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 # More objects than this in one image are taken for what a lossy or antialiased mask looks like.
@@ -59,7 +60,7 @@ def read_map(file: Path | BinaryIO) -> np.ndarray:
             if image.mode in ("RGBA", "LA", "PA"):
                 image = image.convert({"RGBA": "RGB", "LA": "L", "PA": "P"}[image.mode])
             pixels = np.array(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         where = f" {file}" if isinstance(file, Path) else ""
         raise DataError(f"mask{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if pixels.ndim == 2:
