@@ -59,8 +59,11 @@ class ResultError(UserError):
 class Terminated(UserError):
     """SIGTERM; the message says what was saved."""
 
+    help = "docs/troubleshooting.md#training"
     exit_code = 143
 
 
 class DependencyError(UserError):
     """An optional package that is needed for what was asked, and is not installed."""
+
+    help = "docs/troubleshooting.md#devices-and-kernels"

@@ -188,6 +188,8 @@ def test_every_fault_in_every_run(strikes, case):
     strikes(case, *faults.FAULTS, iterations=140)
 
 
+# On a busy machine gloo's ranks can miss each other after a restart for longer than the test waits.
+@THOROUGH
 def test_torchrun_restarts_resume_by_themselves_and_sigterm_to_one_rank_saves(tiny_config, tmp_path):
     """Rank 1 is killed: torchrun starts all ranks anew, and they resume. Then rank 1 alone gets SIGTERM: the main rank
     hears of it and saves. One rank goes on from there, and says that it is not two."""
