@@ -167,6 +167,16 @@ def test_pictures_that_promise_too_much(tmp_path, side):
         read_image(tmp_path / "a.png", (24, 32), 7)
 
 
+def test_pieces_longer_than_the_file(tmp_path):
+    """OpenCV takes the memory that a piece of a PNG states, and fills it: 2 GB here."""
+    at = fuzz.PICTURE_FILE.index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(fuzz.PICTURE_FILE[:at] + b"\x7f\xff\xff\xf0" + fuzz.PICTURE_FILE[at + 4 :])
+    with pytest.raises(DataError, match=r"a\.png is damaged: a piece of it is longer than the file"):
+        read_image(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(fuzz.PICTURE_FILE)
+    assert read_image(tmp_path / "a.png").shape == (24, 32, 3)
+
+
 def test_yaml_that_grows(tmp_path):
     """Nine lines of ten aliases each to the line above are a thousand million values; a circle has no end."""
     lines = ["a0: &a0 {x: 1}"]

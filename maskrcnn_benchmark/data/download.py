@@ -70,7 +70,7 @@ _MOST_GROWTH, _HARMLESS = 30, 1 << 30
 _MOST_FILES = 2_000_000
 # What zipfile and tarfile raise at damaged, encrypted (RuntimeError) or unknown archives
 _DAMAGES = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
-_DAMAGES += (EOFError, RuntimeError, ValueError, OSError)
+_DAMAGES += (EOFError, RuntimeError, ValueError, OSError, MemoryError)
 _GOES_ON = "the same command goes on where it stopped"
 
 
