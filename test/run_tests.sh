@@ -5,6 +5,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment pytest,hypothesis,xdist
 cd "$ROOT"
-# A process a core, each with one thread: two at once take 14 minutes where one after the other took 22.
+# A process a core, each with one thread: two halves at once took 14 minutes where one after the other took 22.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$PYTHON" -m pytest -n auto --dist loadfile "$@"

@@ -78,7 +78,7 @@ def inflate(weight: Tensor, channels: int) -> Tensor:
     What the first three channels had they keep, further ones get their mean (where there are fewer than three, all do),
     and all is scaled by 3 / channels: an image whose channels are equal gets the response it had.
     """
-    if weight.shape[1] != 3 or channels == 3:
+    if weight.dim() != 4 or weight.shape[1] != 3 or channels == 3:  # another shape is refused by name when it is loaded
         return weight
     mean = weight.mean(1, keepdim=True)
     kept = weight if channels > 3 else weight[:, :0]
