@@ -353,6 +353,12 @@ def test_the_chinese_troubleshooting_has_every_message():
     assert ours == theirs
 
 
+def test_the_torch_of_the_installation_is_the_tested_one():
+    (tested,) = re.findall(r"^torch==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    for page in (DOCS / "install.md", DOCS / "zh-CN" / "install.md"):
+        assert re.findall(r"torch==(\S+)", page.read_text(encoding="utf-8")) == [tested]
+
+
 def test_the_configuration_reference_is_up_to_date():
     from maskrcnn_benchmark.config.reference import render
 
