@@ -257,7 +257,7 @@ def test_points_beyond_the_axis_are_said():
     low, high = fences(y)
     assert low == 1 and high == pytest.approx(1.9)  # 1.3 + 3 * (1.3 - 1.1)
     assert "1 point lies beyond" in line_chart("a", "ms", [Line("", x, y)], "run", (low, high))
-    assert Scale(1.0, 1.0).percent(1.0) == 50
+    assert Scale(1.0, 1.0).percent(1.0) == 50 and Scale(12.0, 12.0).ticks() == [12.0]
 
 
 def test_many_bars_are_folded():

@@ -41,14 +41,16 @@ class Scale:
 
     def __init__(self, low: float, high: float, room: float = 0.04) -> None:
         margin = (high - low) * room if high > low else abs(high) * 0.02 or 1.0
-        self.low, self.high = low - margin, high + margin
+        self.low, self.high, self._only = low - margin, high + margin, None if high > low else low
 
     def percent(self, value: float) -> float:
         """Clamped to the drawing."""
         return round(100 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low))), 2)
 
     def ticks(self) -> list[float]:
-        """Two to six round values within."""
+        """Two to six round values within; the value itself where there is no other."""
+        if self._only is not None:
+            return [self._only]
         rough = (self.high - self.low) / 5
         size = 10 ** math.floor(math.log10(rough))
         step = next(factor * size for factor in (1, 2, 2.5, 5, 10) if factor * size >= rough)
