@@ -80,6 +80,7 @@ def collate(
         torch.tensor([sample.size for sample in samples]),
         [sample.original_size for sample in samples],
         [sample.image_id for sample in samples],
+        torch.tensor([sample.to_mirror for sample in samples]) if any(sample.to_mirror for sample in samples) else None,
     )
     masks = _collate_masks(samples, most, height, width)
     if bucketed and isinstance(masks, PolygonBatch):
@@ -323,6 +324,8 @@ test_loader.__test__ = False  # the name is the interface's; pytest would take i
 
 def _reader(cfg: CfgNode, dataset: CocoDataset, device: Device, training: bool) -> BatchReader:
     transforms = build_transforms(cfg, training)
+    if device.mirrors_images:
+        transforms.leave_mirroring()
     return BatchReader(
         dataset,
         transforms,
@@ -475,7 +478,10 @@ def _moved(batches: Iterable[tuple[ImageBatch, Targets]], device: Device) -> Ite
     copies: deque[Event] = deque()
     for images, targets in batches:
         pixels = images.pixels.to(device.torch_device, non_blocking=True, copy=True)
-        moved = replace(images, pixels=pixels, sizes=images.sizes.to(device.torch_device, non_blocking=True))
+        moved = replace(images, pixels=torch.empty(0)).to(device.torch_device, non_blocking=True)
+        moved = replace(moved, pixels=pixels)
+        if moved.to_mirror is not None:
+            moved = moved.mirrored(moved.to_mirror)
         targets = targets.to(device.torch_device, non_blocking=True)
         copies.append(device.event())
         copies[-1].record()

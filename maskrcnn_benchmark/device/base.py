@@ -38,6 +38,7 @@ class Device:
     compacts: padded rows are dropped before the heads (see structures.flatten_valid): right where reading a size
         from the device costs nothing, wrong where it stalls a queue. Where it is False, a training step waits for
         nothing, and the loader pads the numbers of objects and polygon points to powers of two: shapes repeat.
+    mirrors_images: it mirrors training images itself, so that data workers need not.
     fused_optimizer: torch.optim's `fused=True` works on it.
     gradient_views: its optimizers work on gradients that are views of DistributedDataParallel's buckets.
     optimizers: optimizers of the device's own, by SOLVER.OPTIMIZER's name; they replace torch's.
@@ -50,6 +51,7 @@ class Device:
     pinned_memory: bool = False
     channels_last: bool = False
     compacts: bool = False
+    mirrors_images: bool = False
     fused_optimizer: bool = False
     gradient_views: bool = True
     optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = field(default_factory=dict)
