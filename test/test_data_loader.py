@@ -405,6 +405,13 @@ def test_killed_worker(coco_mini, mini):
     assert signal.getsignal(signal.SIGCHLD) == handler == signal.SIG_DFL
 
 
+def test_worker_killed_while_it_hands_a_batch_over(coco_mini, mini, monkeypatch):
+    """Its connections are gone a moment before it is dead, and torch finds it alive."""
+    monkeypatch.setattr(multiprocessing.reduction, "send_handle", lambda connection, *_: connection.close())
+    with pytest.raises(DataError, match=r"worker died.*NUM_WORKERS.*/dev/shm"):
+        first_batches(config(coco_mini, 1), mini, 1)
+
+
 def test_full_shared_memory(coco_mini, mini, monkeypatch):
     """What torch raises when /dev/shm is full reaches the main process as one line, instead of a wait without end."""
 

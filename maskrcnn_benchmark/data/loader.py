@@ -219,6 +219,9 @@ def _no_shared_memory(error: Exception) -> DataError:
     return DataError(f"a batch does not fit into shared memory: {_SHM_HINT} ({error})")
 
 
+# What a rank meets that fetches a batch from a worker which has lost its connections and is dead a moment later: torch
+# speaks of those only that it finds dead. What a worker itself met begins with "Caught".
+_GONE = (ConnectionError, EOFError, FileNotFoundError)
 _SHM_HINT = (
     "lower DATALOADER.NUM_WORKERS or the batch size, or enlarge /dev/shm (docker run --shm-size=8g, or --ipc=host)"
 )
@@ -406,8 +409,9 @@ def _read(
             if shape is not None:
                 images = replace(images, pixels=reader.slots.view(number, tuple(shape)).permute(0, 3, 1, 2))
             yield images, targets
-    except RuntimeError as error:
-        if workers and str(error).startswith("DataLoader worker"):
+    except (RuntimeError, *_GONE) as error:
+        noticed = str(error).startswith("DataLoader worker")
+        if workers and (noticed or (isinstance(error, _GONE) and not str(error).startswith("Caught "))):
             raise DataError(f"a data worker died, perhaps out of memory; {_SHM_HINT}: {error}") from error
         raise
     finally:
