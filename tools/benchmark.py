@@ -12,6 +12,7 @@ times every operator at the sizes of an 800 x 1344 training pair, ours and torch
   python tools/benchmark.py data --data synthetic --size 480x640                              the same on drawn images
   python tools/benchmark.py data --against detectron2 --config-file configs/quickstart.yaml DATA.PATH my_data
   python tools/benchmark.py eval                                                              COCO evaluation alone
+  python tools/benchmark.py scaling --train train.json                  what 8, 64 and 256 such devices would give
 
   python tools/benchmark.py run configs/benchmark/cpu_quick.yaml --out base.json      a suite, in fresh processes
   python tools/benchmark.py gate configs/benchmark/cpu_quick.yaml base.json           is this build slower?
@@ -41,11 +42,13 @@ from maskrcnn_benchmark.benchmark import (
     accuracy,
     data_peers,
     environment,
+    flops,
     history,
     loading,
     peers,
     results,
     runs,
+    scaling,
     scoring,
     steps,
     suites,
@@ -80,6 +83,7 @@ def parse() -> argparse.Namespace:
         add_infer,
         add_data,
         add_eval,
+        add_scaling,
         add_run,
         add_compare,
         add_gate,
@@ -376,6 +380,88 @@ def run_eval(args: argparse.Namespace) -> int:
                 print("\n".join(scoring.summary(case)), flush=True)
             if args.out:
                 results.write(args.out, result)
+    return 0
+
+
+def add_scaling(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "scaling",
+        help="predict training on many devices from one device's step",
+        description="A cost model, no measurement (docs/scaling.md): the gradients' all-reduce, bucket by bucket, how"
+        " much of it the backward pass hides, and the efficiency and images/s that are left; each device keeps its"
+        " batch. The links' defaults are assumptions, which are printed.",
+    )
+    step = parser.add_mutually_exclusive_group(required=True)
+    step.add_argument("--train", type=Path, metavar="FILE", help="one device's step, by benchmark.py train --out")
+    step.add_argument("--step-ms", type=above_zero, metavar="MS", help="one device's step, of --config-file")
+    parser.add_argument("--dtype", choices=DTYPES, help="which case of the files, where there are several")
+    parser.add_argument("--config-file", metavar="YAML", help=f"with --step-ms (default {peers.CONFIG})")
+    parser.add_argument("--batch", type=positive, default=2, metavar="N", help="with --step-ms: images a device")
+    parser.add_argument(
+        "--size", type=image_size, default="800x1344", metavar="HxW", help="with --step-ms (default 800x1344)"
+    )
+    parser.add_argument("--positives", type=positive, default=32, metavar="N", help="with --step-ms: RoIs an image")
+    parser.add_argument(
+        "--devices", type=positive, action="append", metavar="N", help="several times for several (8, 64, 256)"
+    )
+    cluster = scaling.Cluster()
+    parser.add_argument("--devices-per-node", type=positive, default=cluster.per_node, metavar="N")
+    for place, link in (("node", cluster.node), ("network", cluster.network)):
+        rate, delay = link.gb_per_second, link.microseconds
+        where = f"between devices in the same {place}" if place == "node" else "between nodes"
+        parser.add_argument(
+            f"--{place}-bandwidth", type=above_zero, default=rate, metavar="GB/S", help=f"{where} ({rate:g})"
+        )
+        parser.add_argument(f"--{place}-latency", type=above_zero, default=delay, metavar="US", help=f"({delay:g})")
+    launch = cluster.launch_microseconds
+    parser.add_argument("--launch", type=above_zero, default=launch, metavar="US", help=f"of an exchange ({launch:g})")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="one device's loader, by benchmark.py data --out")
+    parser.add_argument("--infer", type=Path, metavar="FILE", help="one device's inference, by infer --out")
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="scoring, by eval --out; goes with --infer")
+    parser.add_argument("--epoch-images", type=positive, default=scaling.TRAIN_IMAGES, metavar="N")
+    parser.add_argument("--test-images", type=positive, default=scaling.TEST_IMAGES, metavar="N")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write what is printed as JSON")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="configuration keys")
+    parser.set_defaults(function=run_scaling)
+
+
+def above_zero(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return float(text)
+
+
+def run_scaling(args: argparse.Namespace) -> int:
+    if args.out:
+        require_directory("--out", args.out)
+    if args.eval and not args.infer:
+        raise UserError("--eval goes with --infer")
+    cluster = scaling.Cluster(
+        args.devices_per_node,
+        scaling.Link(args.node_bandwidth, args.node_latency),
+        scaling.Link(args.network_bandwidth, args.network_latency),
+        args.launch,
+    )
+    if args.train:
+        cfg, size, positives, step = scaling.read_step(args.train, args.dtype, args.overrides)
+    else:
+        cfg, size, positives = (
+            get_config(args.config_file or suites.ROOT / peers.CONFIG, args.overrides),
+            args.size,
+            args.positives,
+        )
+        step = scaling.given_step(cfg, size, positives, args.step_ms, args.batch)
+    loader = scaling.read_loader(args.data) if args.data else None
+    filled = scaling.buckets(flops.gradients(cfg, size, positives), cfg.DISTRIBUTED.BUCKET_MB)
+    predictions = [scaling.predict(step, filled, cluster, n, loader) for n in args.devices or (8, 64, 256)]
+    epochs = []
+    if args.infer:
+        evaluation = scaling.read_evaluation(args.infer, args.dtype, args.eval, args.test_images)
+        epochs = [scaling.epoch(one, evaluation, args.epoch_images, args.test_images) for one in predictions]
+    about = scaling.describe(step, filled, cluster, predictions, loader, epochs)
+    print("\n".join(scaling.summary(about)))
+    if args.out:
+        results.write(args.out, {"format": results.FORMAT, "command": sys.argv, **about})
     return 0
 
 

@@ -80,7 +80,7 @@ def training_side(
     elif cfg.MODEL.WEIGHT:
         load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE)
     model.train()
-    parallel = parallelize(model, device)
+    parallel = parallelize(model, device, cfg.DISTRIBUTED.BUCKET_MB)
 
     def forward(batch: tuple[ImageBatch, Any]) -> dict[str, Tensor]:
         side.sizes.append(tuple(batch[0].pixels.shape[-2:]))

@@ -410,6 +410,8 @@ _C.DISTRIBUTED = CN()
 # (+) Seconds without progress after which a run of several ranks ends with the name of the rank that the others wait
 # for; they also wait while the main rank scores a large test set
 _C.DISTRIBUTED.TIMEOUT = 3600
+# (+) MB (2^20 bytes) of gradients that ranks average at a time, while the backward pass goes on
+_C.DISTRIBUTED.BUCKET_MB = 25
 
 _C.MLPERF = CN()
 # Training stops at the first evaluation that reaches both; 0, 0: never

@@ -414,7 +414,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool | Path) -
         device=device,
         output=output,
         model=model,
-        parallel=parallelize(model, device),
+        parallel=parallelize(model, device, cfg.DISTRIBUTED.BUCKET_MB),
         optimizer=optimizer,
         scaler=scaler,
         guard=nonfinite.Guard(cfg, optimizer, scaler, device),
@@ -445,9 +445,9 @@ def best_score(output: Path) -> float:
         return -1.0
 
 
-def parallelize(model: nn.Module, device: Device) -> nn.Module:
-    """DistributedDataParallel when there are ranks. Buffers are exchanged only where a batch norm or
-    RetinaNet's moving average changes them."""
+def parallelize(model: nn.Module, device: Device, bucket_mb: int) -> nn.Module:
+    """DistributedDataParallel when there are ranks, which averages `bucket_mb` MB of gradients at a time. Buffers are
+    exchanged only where a batch norm or RetinaNet's moving average changes them."""
     if distributed.world_size() == 1:
         return model
     running = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -455,8 +455,9 @@ def parallelize(model: nn.Module, device: Device) -> nn.Module:
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     exchange = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in 2.13
     ids = [device.torch_device] if device.torch_device.index is not None else None
+    views = device.gradient_views
     return DistributedDataParallel(
-        model, device_ids=ids, gradient_as_bucket_view=device.gradient_views, **{exchange: running}
+        model, device_ids=ids, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=views, **{exchange: running}
     )
 
 
