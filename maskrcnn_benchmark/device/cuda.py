@@ -67,6 +67,7 @@ def create(index: int | None) -> Device:
         pinned_memory=True,
         channels_last=True,
         fused_optimizer=True,
+        graph_type="CUDAGraph",
     )
 
 
