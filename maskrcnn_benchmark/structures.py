@@ -39,6 +39,15 @@ class Batch:
     def to(self: B, device: torch.device | str, non_blocking: bool = False) -> B:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def clone(self: B) -> B:
+        return self._map(Tensor.clone)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in the order of the fields."""
+        found: list[Tensor] = []
+        self._map(lambda tensor: found.append(tensor) or tensor)
+        return found
+
     def pin_memory(self: B) -> B:
         return self._map(Tensor.pin_memory)
 

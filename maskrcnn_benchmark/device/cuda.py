@@ -68,6 +68,7 @@ def create(index: int | None) -> Device:
         channels_last=True,
         mirrors_images=True,
         fused_optimizer=True,
+        graph_type="CUDAGraph",
     )
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +34,7 @@ from ..models.weights import load_weights
 from ..report import mllog, run_page
 from ..report.console import TrainingMeter, training_progress
 from ..structures import ImageBatch, Targets
-from . import checkpoint, determinism, distributed, nonfinite, scoring, watch
+from . import checkpoint, determinism, distributed, graphs, nonfinite, scoring, watch
 from .datasets import open_dataset, test_datasets
 from .inference import combine, evaluate_model, run_model
 from .metrics import PHASES, LossWindow, MetricsWriter, Pace, stragglers
@@ -88,10 +89,14 @@ class Run:
     termination: watch.Termination = field(default_factory=watch.Termination)
     performance: dict[str, Any] = field(default_factory=dict)
     mllog: mllog.MLLog = field(default_factory=mllog.MLLog)
+    captured: graphs.StepGraphs | None = None
 
     def __post_init__(self) -> None:
         self.losses = LossWindow(self.guard.policy, self.guard.allowed)
-        self.pace = Pace(self.device)
+        if graphs.asked_for(self.cfg, self.device):
+            both = partial(gradients, self), partial(update_parameters, self)
+            self.captured = graphs.StepGraphs(self.device, self.optimizer, *both)
+        self.pace = Pace(self.device, marked=self.captured is None)
 
 
 @dataclass
@@ -154,8 +159,18 @@ def train(run: Run) -> int:
 
 
 def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
-    """Forward, backward and update over the micro-batches of one step. Returns the losses, means over the
-    micro-batches, on the device; nothing here waits for it."""
+    """Forward, backward and update over the micro-batches of one step, as a graph of the device where
+    SOLVER.GRAPH_CAPTURE asks for it. Returns the losses, means over the micro-batches, on the device; nothing here
+    waits for it."""
+    if run.captured is not None:
+        return run.captured(batches)
+    losses = gradients(run, batches)
+    update_parameters(run)
+    return losses
+
+
+def gradients(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
+    """Of the mean over the micro-batches, scaled; returns its losses."""
     sums: dict[str, Tensor] = {}
     for number, (images, targets) in enumerate(batches):
         with _no_gradient_exchange(run.parallel, number + 1 < len(batches)):
@@ -165,9 +180,12 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
                 run.scaler.scale(sum(losses.values()) / len(batches)).backward()
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.detach() / len(batches)
+    return sums
+
+
+def update_parameters(run: Run) -> None:
     with run.pace.phase("optimizer"):
         update(run.cfg, run.model, run.optimizer, run.scaler, run.guard)
-    return sums
 
 
 def update(
