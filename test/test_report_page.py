@@ -256,7 +256,7 @@ def test_points_beyond_the_axis_are_said():
     x, y = np.arange(5.0), np.array([1.0, 1.1, 1.2, 1.3, 900.0])
     low, high = fences(y)
     assert low == 1 and high == pytest.approx(1.9)  # 1.3 + 3 * (1.3 - 1.1)
-    assert "1 points lie beyond" in line_chart("a", "ms", [Line("", x, y)], "run", (low, high))
+    assert "1 point lies beyond" in line_chart("a", "ms", [Line("", x, y)], "run", (low, high))
     assert Scale(1.0, 1.0).percent(1.0) == 50
 
 

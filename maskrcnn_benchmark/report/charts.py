@@ -134,7 +134,7 @@ def line_chart(
         return ""
     every = np.concatenate([line.reach() for line in lines])
     low, high = limits or (float(every.min()), float(every.max()))
-    beyond = int(sum(((line.y < low) | (line.y > high)).sum() for line in lines))
+    beyond = len({at for line in lines for at in line.x[(line.y < low) | (line.y > high)].tolist()})
     x = Scale(min(line.x[0] for line in lines), max(line.x[-1] for line in lines), room=0.0)
     y = Scale(low, high)
     parts = [*_y_axis(y, height), *(_ends(ends, height) if ends else x_axis(x, height, along))]
@@ -145,7 +145,7 @@ def line_chart(
     few = all(len(line.y) <= _DOTS or line.words for line in lines)
     parts += _dots(lines, x, y, height, unit, along) if few else _columns(lines, x, height, unit, along)
     keys = "".join(f' <span class="key c{line.color}">{escape(line.name)}</span>' for line in lines if line.name)
-    said += f"; {beyond} points lie beyond the axis, at its ends" if beyond else ""
+    said += f"; {beyond} point{'s lie' if beyond > 1 else ' lies'} beyond the axis, at its ends" if beyond else ""
     caption = f"<b>{escape(title)}</b>, {escape(unit)}{escape(said)}{keys}"
     label = escape(f"{title}, {unit}, over {along}{said}", quote=True)
     return (

@@ -110,7 +110,7 @@ def facts(run: RunFiles) -> list[Fact]:
         Fact("Evaluation speed", None if trained else performance.get("images_per_second"), _in("images/s")),
         Fact("Step, median", (speed.get("step_ms") or {}).get("p50"), _in("ms")),
         Fact("Step, 99th percentile", (speed.get("step_ms") or {}).get("p99"), _in("ms")),
-        Fact("Waiting for data", None if wait is None else 100 * wait, _in("% of time")),
+        Fact("Waiting for data", None if wait is None else 100 * wait, lambda value: f"{value:.1f} % of time"),
         Fact("Peak memory", memory, _in("MB")),
         Fact("Iterations", run.iterations or None, lambda value: f"{value:,.0f}"),
         Fact("Training time", float(_seconds(run.metrics).sum()) or None, _duration),
@@ -171,7 +171,8 @@ def _summary(runs: Sequence[RunFiles]) -> str:
         return f'<div class="facts">{"".join(tiles)}</div>'
     by_name = [{fact.name: fact for fact in facts(run)} for run in runs]
     rows = []
-    for name in dict.fromkeys(name for side in by_name for name in side):
+    names = dict.fromkeys(name for side in by_name for name in side)
+    for name in sorted(names, key=lambda name: any(side[name].relative for side in by_name if name in side)):
         sides = [side.get(name) for side in by_name]
         if any(fact and fact.value is not None for fact in sides):
             first = sides[0].value if sides[0] else None
@@ -382,9 +383,13 @@ def _pictures(runs: Sequence[RunFiles]) -> str:
     if not order:
         return ""
     more = f" {left} more images are in predictions/." if left else ""
+    judged = any(picture.counts for shown in order for _, picture in shown)
+    said = "what was found on the right"
+    if judged:
+        said = "detections of score .5 or more on the right; the worst by F1 at an IoU of .5 first"
     return (
-        '<p class="soft">Ground truth on the left, detections of score .5 or more on the right; the worst by F1 at an '
-        f'IoU of .5 first. A click enlarges.{more}</p><div class="pictures pairs">{"".join(figures)}</div>'
+        f'<p class="soft">Ground truth on the left, {said}. A click enlarges.{more}</p>'
+        f'<div class="pictures pairs">{"".join(figures)}</div>'
     )
 
 
