@@ -47,6 +47,7 @@ from maskrcnn_benchmark.benchmark import (
     loading,
     peers,
     results,
+    roofline,
     runs,
     scaling,
     scoring,
@@ -66,7 +67,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A step is one batch, whatever the configuration accumulates.
 ONE_BATCH = ("SOLVER.ACCUMULATE_STEPS", "1")
 COLUMNS = ("case", "dtype", "kernel", "ours ms", "peer ms", "times faster", "95% interval", "target", "verdict")
-WIDTHS = (58, 8, 9, 9, 9, 12, 13, 6, 0)
+WIDTHS = (58, 8, 9, 9, 9, 12, 13, 6, 9)
+ROOFLINE = ("MB", "GFLOP", "GB/s", "GFLOP/s", "floor ms", "bound by", "reached")
+ROOFLINE_WIDTHS = (7, 7, 6, 7, 8, 10, 7)
 
 
 def main() -> int:
@@ -111,6 +114,10 @@ def add_ops(subparsers: argparse._SubParsersAction) -> None:
         "--images", type=positive, default=2, metavar="N", help="images a batch of RoIAlign and NMS (default 2)"
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="torch's threads; default as torch chooses")
+    parser.add_argument(
+        "--roofline", action="store_true", help="measure a copy and matrix products, too, and say what share of the"
+        " time each operator's least bytes and FLOP would take at their rates",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=positive, metavar="N", help="samples a case; default by --budget")
     parser.add_argument(
         "--budget",
@@ -288,26 +295,33 @@ def run_ops(args: argparse.Namespace) -> int:
     plan = timing.Plan(warmup=args.warmup, repeats=args.repeats, budget_seconds=args.budget)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with distributed.process_group(device):
-        rows = measure_ops(cases, args, device, plan)
+        roof = roofline.measure_roof(device, {case.dtype for case in cases}) if args.roofline else None
+        rows = measure_ops(cases, args, device, plan, roof)
         if not distributed.is_main():
             return 0
+        if roof:
+            products = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in sorted(roof.gflop_per_second.items()))
+            print(f"measured: a copy {roof.gb_per_second:.1f} GB/s, matrix products {products} GFLOP/s")
         if args.out:
-            results.write(args.out, report(args, device, plan, started, versions, rows))
+            results.write(args.out, report(args, device, plan, started, versions, rows, roof))
     disagreeing = [row["name"] for row in rows if row["agreement"] and not row["agreement"]["agrees"]]
     for name in disagreeing:
         sys.stderr.write(f"error: {name}: our result and {args.against}'s disagree; not timed\n")
     return 1 if disagreeing else 0
 
 
-def measure_ops(cases: list[Case], args: argparse.Namespace, device: Device, plan: timing.Plan) -> list[dict[str, Any]]:
+def measure_ops(
+    cases: list[Case], args: argparse.Namespace, device: Device, plan: timing.Plan, roof: roofline.Roof | None
+) -> list[dict[str, Any]]:
     """A row of each case; the main rank prints it at once."""
     rows = []
-    heads = [COLUMNS, ["---"] * len(COLUMNS)] if args.markdown else [COLUMNS]
+    columns = COLUMNS + (ROOFLINE if roof else ())
+    heads = [columns, ["---"] * len(columns)] if args.markdown else [columns]
     if distributed.is_main():
         for head in heads:
             print_row(head, args.markdown)
     for case in cases:
-        rows.append(measure(case, device, args.against, plan, args.scale))
+        rows.append(measure(case, device, args.against, plan, args.scale, roof))
         if distributed.is_main():
             print_row(cells(rows[-1]), args.markdown)
     return rows
@@ -502,7 +516,14 @@ def chosen(cases: list[Case], dtype: str | None, only: re.Pattern | None) -> lis
     return matching
 
 
-def measure(case: Case, device: Device, against: str | None, plan: timing.Plan, scale: float) -> dict[str, Any]:
+def measure(
+    case: Case,
+    device: Device,
+    against: str | None,
+    plan: timing.Plan,
+    scale: float,
+    roof: roofline.Roof | None = None,
+) -> dict[str, Any]:
     """One case as a row of the JSON file: compared first, then timed in turns."""
     problem = case.inputs(Setup(device.torch_device, case.dtype, scale))
     functions = {"ours": case.ours(problem)}
@@ -535,6 +556,8 @@ def measure(case: Case, device: Device, against: str | None, plan: timing.Plan, 
     for side, function in functions.items():
         memory = timing.extra_memory_mb(function, device)
         row[side] = {"ms": timing.milliseconds(samples[side]), "extra_memory_mb": memory, "samples_ns": samples[side]}
+    least = case.least(problem, functions["ours"]())
+    row["roofline"] = roofline.judge(least, row["ours"]["ms"]["p50"], case.dtype, roof)
     if against:
         row["ratio"], *row["ratio_interval"] = timing.ratio_of_medians(samples["peer"], samples["ours"])
     target = case.target if device.type == "cpu" else case.accelerator_target
@@ -560,6 +583,20 @@ def cells(row: dict[str, Any]) -> list[str]:
         "-" if low is None else f"{low:.2f}-{high:.2f}",
         text(row["target"], "g"),
         row["verdict"] or "-",
+        *(roofline_cells(row["roofline"]) if "share" in row.get("roofline", {}) else ()),
+    ]
+
+
+def roofline_cells(found: dict[str, Any]) -> list[str]:
+    flop = found["flop"]
+    return [
+        f"{found['bytes'] / 1e6:.1f}",
+        "-" if flop is None else f"{flop / 1e9:.3f}",
+        f"{found['gb_per_second']:.1f}",
+        "-" if flop is None else f"{found['gflop_per_second']:.1f}",
+        f"{found['floor_ms']:.3f}",
+        found["bound_by"],
+        f"{found['share']:.0%}",
     ]
 
 
@@ -567,13 +604,19 @@ def print_row(values: list[str] | tuple[str, ...], markdown: bool) -> None:
     if markdown:
         print("| " + " | ".join(values) + " |", flush=True)
         return
-    texts = zip(values, WIDTHS)
+    texts = zip(values, WIDTHS + ROOFLINE_WIDTHS)
     aligned = [text.ljust(width) if column < 3 else text.rjust(width) for column, (text, width) in enumerate(texts)]
     print("  ".join(aligned), flush=True)
 
 
 def report(
-    args: argparse.Namespace, device: Device, plan: timing.Plan, started: str, peers: dict[str, str], rows: list
+    args: argparse.Namespace,
+    device: Device,
+    plan: timing.Plan,
+    started: str,
+    peers: dict[str, str],
+    rows: list,
+    roof: roofline.Roof | None,
 ) -> dict[str, Any]:
     about = environment.describe(device, distributed.world_size())
     return {
@@ -587,6 +630,7 @@ def report(
         "peers": peers,
         "scale": args.scale,
         "method": timing.METHOD,
+        "roof": asdict(roof) if roof else None,
         "plan": asdict(plan),
         "environment": about,
         "cases": [comparable(row, args) for row in rows],
