@@ -123,6 +123,11 @@ class Device:
             raise DeviceError(f"device {self.type} cannot record work as a graph; set SOLVER.GRAPH_CAPTURE to False")
         return Graphs(self.module, self.graph_type)
 
+    def copy_stream(self) -> Any | None:
+        """A stream for copies beside the computation, by the device module; None where there is no pinned memory, from
+        which alone they run so."""
+        return self.module.Stream() if self.pinned_memory else None
+
     def autocast(self, dtype: torch.dtype) -> AbstractContextManager:
         """torch.autocast in `dtype`; nothing for float32."""
         if dtype == torch.float32:
