@@ -8,6 +8,7 @@ import logging
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -445,6 +446,8 @@ def parallelize(model: nn.Module, device: Device, bucket_mb: int) -> nn.Module:
     exchange = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in 2.13
     ids = [device.torch_device] if device.torch_device.index is not None else None
     views = device.gradient_views
+    # Of the gradients of 1x1 kernels alone, whose strides can say the same layout in two ways
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model, device_ids=ids, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=views, **{exchange: running}
     )
