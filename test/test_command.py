@@ -110,7 +110,10 @@ def test_a_recipe_goes_by_its_name(tmp_path, monkeypatch):
 def test_errors_name_a_section_that_is_there():
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     anchors = {re.sub(r"[^\w -]", "", line[3:]).lower().replace(" ", "-") for line in re.findall(r"^## .*", text, re.M)}
-    for kind in UserError.__subclasses__():
+    kinds = [UserError, *UserError.__subclasses__()]
+    assert len({kind.help for kind in kinds}) == len(anchors) > 5  # and every section is named by an error
+    for kind in kinds:
+        assert not kind.__subclasses__() or kind is UserError
         page, _, anchor = kind.help.partition("#")
         assert page == "docs/troubleshooting.md" and anchor in anchors, kind
 

@@ -29,10 +29,10 @@ from maskrcnn_benchmark.data.catalog import build_dataset
 from maskrcnn_benchmark.data.coco import CocoDataset
 from maskrcnn_benchmark.data.samplers import InferenceSampler, TrainSampler
 from maskrcnn_benchmark.data.transfer import transfer
-from maskrcnn_benchmark.data.transforms import Polygons, Sample, offsets_of
+from maskrcnn_benchmark.data.transforms import Compose, Polygons, Sample, offsets_of
 from maskrcnn_benchmark.device import Device, get_device
 from maskrcnn_benchmark.errors import ConfigError, DataError
-from maskrcnn_benchmark.structures import BitmapBatch, PolygonBatch
+from maskrcnn_benchmark.structures import BitmapBatch, ImageBatch, PolygonBatch
 
 CPU = get_device("cpu")
 
@@ -237,6 +237,54 @@ def test_spawned_workers(coco_mini, mini, reference, spawned):
     assert_equal_batches(first_batches(config(coco_mini, 2, batch=8), mini, 4), reference[:4])
 
 
+MIRRORING = dataclasses.replace(CPU, mirrors_images=True)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_device_mirrors_what_workers_leave_to_it(coco_mini, mini, reference, workers, monkeypatch):
+    left = []
+    mirrored = ImageBatch.mirrored
+    monkeypatch.setattr(ImageBatch, "mirrored", lambda self, where: left.append(where) or mirrored(self, where))
+    batches = loader.train_loader(config(coco_mini, workers, batch=8), mini, MIRRORING, 0, 1, 0)
+    batches = list(itertools.islice(batches, 14))
+    assert 30 < int(sum(where.sum() for where in left)) < 82, "of 112 images half"
+    for (images, _), (images_b, _) in zip(reference, batches):
+        assert images_b.to_mirror is None
+        # OpenCV's fixed-point interpolation is not quite the same from right to left
+        assert (images.pixels.int() - images_b.pixels.int()).abs().max() <= 1
+        images_b.pixels = images.pixels
+    assert_equal_batches(reference, batches)
+
+
+@pytest.mark.parametrize(
+    ("after", "left"),
+    [
+        ([{"type": "ResizeByShort", "short_size": 64}, {"type": "Padding", "coarsest_stride": 32}], True),
+        ([{"type": "RandomVerticalFlip", "prob": 1}, {"type": "ResizeByShort", "short_size": 64}], True),
+        ([{"type": "RandomCrop"}], False),
+        ([{"type": "RandomHorizontalFlip", "prob": 1}], True),
+        ([lambda sample, rng: sample], False),
+    ],
+)
+def test_pixels_are_left_to_mirror_where_nothing_looks_at_them(after, left):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (40, 60, 3), np.uint8)
+    sample = Sample(image, 1, 0, (40, 60), np.array([[1, 2, 30, 20]], np.float32), np.array([1]))
+    compose = Compose([{"type": "RandomHorizontalFlip", "prob": 1}, *after])
+    expected = compose(sample, np.random.default_rng(1))
+    compose.leave_mirroring()
+    found = compose(sample, np.random.default_rng(1))
+    batch, _ = loader.collate([found], 32, ())
+    twice = isinstance(after[0], dict) and after[0]["type"] == "RandomHorizontalFlip"
+    assert (batch.to_mirror is not None) == (left and not twice)
+    if batch.to_mirror is not None:
+        batch = batch.mirrored(batch.to_mirror)
+    reference, _ = loader.collate([expected], 32, ())
+    assert (batch.pixels.int() - reference.pixels.int()).abs().max() <= 1
+    np.testing.assert_array_equal(found.boxes, expected.boxes)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_any_iteration_can_be_the_first(coco_mini, mini, reference, workers):
     per_epoch = loader.train_loader(config(coco_mini, batch=8), mini, CPU, 0, 1, 0).iterations_per_epoch
@@ -357,6 +405,13 @@ def test_killed_worker(coco_mini, mini):
         for _ in range(50):
             next(batches)
     assert signal.getsignal(signal.SIGCHLD) == handler == signal.SIG_DFL
+
+
+def test_worker_killed_while_it_hands_a_batch_over(coco_mini, mini, monkeypatch):
+    """Its connections are gone a moment before it is dead, and torch finds it alive."""
+    monkeypatch.setattr(multiprocessing.reduction, "send_handle", lambda connection, *_: connection.close())
+    with pytest.raises(DataError, match=r"worker died.*NUM_WORKERS.*/dev/shm"):
+        first_batches(config(coco_mini, 1), mini, 1)
 
 
 def test_full_shared_memory(coco_mini, mini, monkeypatch):

@@ -81,7 +81,7 @@ def training_side(
     elif cfg.MODEL.WEIGHT:
         load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE)
     model.train()
-    parallel = parallelize(model, device)
+    parallel = parallelize(model, device, cfg.DISTRIBUTED.BUCKET_MB)
 
     def data(_: None) -> tuple[ImageBatch, Any]:
         batch = next(batches)

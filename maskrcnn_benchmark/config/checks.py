@@ -7,17 +7,21 @@ from yacs.config import CfgNode
 from ..errors import ConfigError
 from .conv_body import parse
 
+NORMS = ("FrozenBN", "BN", "SyncBN", "GN")
+BOX_LOSSES = ("SmoothL1Loss", "GIoULoss", "DIoULoss", "CIoULoss")
 CHOICES = {
     "DTYPE": ("float32", "float16", "bfloat16"),
     "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
-    "MODEL.RESNETS.NORM": ("FrozenBN", "BN", "SyncBN", "GN"),
+    "MODEL.RESNETS.NORM": NORMS,
+    **{f"MODEL.{part}.NORM": ("", *NORMS) for part in ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "RETINANET")},
     "MODEL.RPN.ANCHOR_ROUNDING": ("none", "corners", "stride"),
     "MODEL.RPN.ANCHOR_GRID": ("grid", "image"),
     "MODEL.RPN.LOSS_NORMALIZER": ("sampled", "batch"),
     "MODEL.RPN.CLS_LOSS": ("SigmoidCrossEntropy", "SigmoidFocalLoss"),
     "MODEL.ROI_HEADS.BBOX_ASSIGNER": ("BBoxAssigner", "LibraBBoxAssigner"),
     "MODEL.ROI_HEADS.NMS_TYPE": ("MultiClassNMS", "MultiClassSoftNMS", "MultiClassCiouNMS"),
-    "MODEL.ROI_BOX_HEAD.BBOX_LOSS": ("SmoothL1Loss", "GIoULoss", "DIoULoss", "CIoULoss"),
+    "MODEL.ROI_BOX_HEAD.BBOX_LOSS": BOX_LOSSES,
+    "MODEL.RETINANET.BBOX_LOSS": BOX_LOSSES,
     "MODEL.ROI_BOX_CASCADE_HEAD.SCORE_AVERAGE": ("probabilities", "logits"),
     "MODEL.RPN.RANK_BY": ("logit", "probability"),
     "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR": (
@@ -51,11 +55,13 @@ POSITIVE = (
     "TEST.IMS_PER_BATCH",
     "LOGGING.PERIOD",
     "DISTRIBUTED.TIMEOUT",
+    "DISTRIBUTED.BUCKET_MB",
     "INPUT.MAX_SIZE_TRAIN",
     "INPUT.MIN_SIZE_TEST",
     "INPUT.MAX_SIZE_TEST",
     "TEST.BBOX_AUG.MAX_SIZE",
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
+    "MODEL.RPN.NUM_CONVS",
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
     "MODEL.ROI_HEADS.DETECTIONS_PER_IMG",
     "MODEL.RETINANET.SCALES_PER_OCTAVE",
@@ -378,6 +384,11 @@ def _check_options(cfg: CfgNode) -> None:
         )
     alpha, gamma = cfg.MODEL.RPN.FOCAL_LOSS_ALPHA, cfg.MODEL.RPN.FOCAL_LOSS_GAMMA
     _require(0 <= alpha <= 1 and gamma >= 0, f"MODEL.RPN.FOCAL_LOSS_ALPHA {alpha} must be 0..1, GAMMA {gamma} >= 0")
+    for name in ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        _require(
+            not (cfg.MODEL[name].USE_GN and cfg.MODEL[name].NORM not in ("", "GN")),
+            f"MODEL.{name}.USE_GN is True, but MODEL.{name}.NORM is {cfg.MODEL[name].NORM}: set one of them",
+        )
     sigma = cfg.MODEL.ROI_HEADS.SOFT_NMS_SIGMA
     _require(sigma > 0, f"MODEL.ROI_HEADS.SOFT_NMS_SIGMA is {sigma}; it must be above 0")
 

@@ -79,6 +79,7 @@ def collate(
         torch.tensor([sample.size for sample in samples]),
         [sample.original_size for sample in samples],
         [sample.image_id for sample in samples],
+        torch.tensor([sample.to_mirror for sample in samples]) if any(sample.to_mirror for sample in samples) else None,
     )
     masks = _collate_masks(samples, most, height, width)
     if bucketed and isinstance(masks, PolygonBatch):
@@ -217,6 +218,9 @@ def _no_shared_memory(error: Exception) -> DataError:
     return DataError(f"a batch does not fit into shared memory: {_SHM_HINT} ({error})")
 
 
+# What a rank meets that fetches a batch from a worker which has lost its connections and is dead a moment later: torch
+# speaks of those only that it finds dead. What a worker itself met begins with "Caught".
+_GONE = (ConnectionError, EOFError, FileNotFoundError)
 _SHM_HINT = (
     "lower DATALOADER.NUM_WORKERS or the batch size, or enlarge /dev/shm (docker run --shm-size=8g, or --ipc=host)"
 )
@@ -319,6 +323,8 @@ test_loader.__test__ = False  # the name is the interface's; pytest would take i
 
 def _reader(cfg: CfgNode, dataset: CocoDataset, device: Device, training: bool) -> BatchReader:
     transforms = build_transforms(cfg, training)
+    if device.mirrors_images:
+        transforms.leave_mirroring()
     return BatchReader(
         dataset,
         transforms,
@@ -399,8 +405,9 @@ def _read(
             if shape is not None:
                 images = replace(images, pixels=reader.slots.view(number, tuple(shape)).permute(0, 3, 1, 2))
             yield images, targets
-    except RuntimeError as error:
-        if workers and str(error).startswith("DataLoader worker"):
+    except (RuntimeError, *_GONE) as error:
+        noticed = str(error).startswith("DataLoader worker")
+        if workers and (noticed or (isinstance(error, _GONE) and not str(error).startswith("Caught "))):
             raise DataError(f"a data worker died, perhaps out of memory; {_SHM_HINT}: {error}") from error
         raise
     finally:

@@ -49,5 +49,8 @@ def transfer(batches: Iterable[Batch], device: Device) -> Iterator[Batch]:
 def _copy(batch: Batch, device: Device) -> Batch:
     images, targets = batch
     pixels = images.pixels.to(device.torch_device, non_blocking=True, copy=True)
-    moved = replace(images, pixels=pixels, sizes=images.sizes.to(device.torch_device, non_blocking=True))
+    moved = replace(images, pixels=pixels[:0]).to(device.torch_device, non_blocking=True)
+    moved = replace(moved, pixels=pixels)
+    if moved.to_mirror is not None:
+        moved = moved.mirrored(moved.to_mirror)
     return moved, targets.to(device.torch_device, non_blocking=True)

@@ -39,6 +39,7 @@ class Device:
     compacts: padded rows are dropped before the heads (see structures.flatten_valid): right where reading a size
         from the device costs nothing, wrong where it stalls a queue. Where it is False, a training step waits for
         nothing, and the loader pads the numbers of objects and polygon points to powers of two: shapes repeat.
+    mirrors_images: it mirrors training images itself, so that data workers need not.
     fused_optimizer: torch.optim's `fused=True` works on it.
     graph_type: the class of its module that records work as a graph; empty where it has none. See `graphs`.
     gradient_views: its optimizers work on gradients that are views of DistributedDataParallel's buckets.
@@ -52,6 +53,7 @@ class Device:
     pinned_memory: bool = False
     channels_last: bool = False
     compacts: bool = False
+    mirrors_images: bool = False
     fused_optimizer: bool = False
     graph_type: str = ""
     gradient_views: bool = True

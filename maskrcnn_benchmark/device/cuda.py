@@ -66,6 +66,7 @@ def create(index: int | None) -> Device:
         dist_backend="nccl",
         pinned_memory=True,
         channels_last=True,
+        mirrors_images=True,
         fused_optimizer=True,
         graph_type="CUDAGraph",
     )

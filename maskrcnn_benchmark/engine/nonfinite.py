@@ -17,6 +17,7 @@ from ..config import dump
 from ..data.loader import train_loader
 from ..device import Device
 from ..errors import CheckpointError, ConfigError, NonFiniteLossError
+from ..models.weights import load_plain
 from ..structures import Batch, BitmapBatch, ImageBatch, PolygonBatch, Targets
 from . import distributed
 from .checkpoint import write_atomically
@@ -196,7 +197,7 @@ def read_dump(path: Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, or another kind of file.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path)
         if not isinstance(content, dict) or not content.keys() >= KEYS:
             raise ValueError("it is not a step that training wrote")
         batches = [tuple(_structure(part) for part in batch) for batch in content["batches"]]

@@ -9,6 +9,7 @@ import logging
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ from ..structures import ImageBatch, Targets
 from . import checkpoint, determinism, distributed, graphs, nonfinite, scoring, watch
 from .datasets import open_dataset, test_datasets
 from .inference import combine, evaluate_model, run_model
-from .metrics import LossWindow, MetricsWriter, Pace
+from .metrics import PHASES, LossWindow, MetricsWriter, Pace, stragglers
 from .optim import Schedule, make_optimizer, make_schedule, set_learning_rate
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ METRICS = {
     "segm": ("AP", "AP50", "AP75"),
     "keypoints": ("AP", "AP50", "AP75"),
 }
+# The same of TEST.METRICS' further ones, which decide nothing
+FURTHER = {"voc07": ("AP50",), "voc": ("AP50",), "cityscapes": ("AP", "AP50")}
 
 
 @dataclass
@@ -93,10 +96,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.losses = LossWindow(self.guard.policy, self.guard.allowed)
-        self.pace = Pace(self.device)
         if graphs.asked_for(self.cfg, self.device):
             both = partial(gradients, self), partial(update_parameters, self)
             self.captured = graphs.StepGraphs(self.device, self.optimizer, *both)
+        self.pace = Pace(self.device, marked=self.captured is None)
 
 
 @dataclass
@@ -137,7 +140,8 @@ def train(run: Run) -> int:
         run.meter.add(time.perf_counter() - waited, started - waited)
         run.pace.add(time.perf_counter() - waited, started - waited)
         if due.log:
-            log(run, done, values)
+            with run.pace.aside("log"):
+                log(run, done, values)
             collect(run, wait=False)
         run.mllog.end_step(done, run.meter)
         if due.evaluate and run.test:
@@ -173,16 +177,18 @@ def gradients(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for number, (images, targets) in enumerate(batches):
         with _no_gradient_exchange(run.parallel, number + 1 < len(batches)):
-            with run.device.autocast(_dtype(run.cfg)), run.pace.forward():
+            with run.device.autocast(_dtype(run.cfg)), run.pace.phase("forward"):
                 losses = run.parallel(images, targets)
-            run.scaler.scale(sum(losses.values()) / len(batches)).backward()
+            with run.pace.phase("backward"):
+                run.scaler.scale(sum(losses.values()) / len(batches)).backward()
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.detach() / len(batches)
     return sums
 
 
 def update_parameters(run: Run) -> None:
-    update(run.cfg, run.model, run.optimizer, run.scaler, run.guard)
+    with run.pace.phase("optimizer"):
+        update(run.cfg, run.model, run.optimizer, run.scaler, run.guard)
 
 
 def update(
@@ -244,7 +250,8 @@ def log(run: Run, done: int, losses: dict[str, float]) -> None:
     run.loss = losses["loss"]
     lr, memory = run.schedule.lr(done - 1), run.device.max_memory_mb()
     logger.info(run.meter.console_line(done, losses, lr, memory))
-    for slow in run.pace.stragglers(run.cfg.LOGGING.STRAGGLER_SHARE):
+    spent = run.pace.read()
+    for slow in stragglers(spent, run.cfg.LOGGING.STRAGGLER_SHARE):
         if distributed.is_main():
             logger.warning(slow)
     recent = run.meter.recent()
@@ -259,6 +266,7 @@ def log(run: Run, done: int, losses: dict[str, float]) -> None:
             **skipped,
             "lr": lr,
             **recent,
+            **{f"{name}_time": spent[name] for name in (*PHASES, "log", "checkpoint")},
             "max_memory_mb": round(memory, 1),
         }
     )
@@ -299,7 +307,8 @@ def record(run: Run, done: int, scores: dict[str, Any], content: dict[str, Any] 
     run.mllog.eval_stop(done, run.scores)
     run.scored_at = done
     logger.info("accuracy at iteration %d\n%s", done, format_table(run.scores))
-    named = {f"{task}/{k}": run.scores[task][k] for task in _tasks(run) for k in METRICS[task]}
+    written = {task: names for task, names in (METRICS | FURTHER).items() if task in run.scores}
+    named = {f"{task}/{name}": run.scores[task][name] for task, names in written.items() for name in names}
     run.metrics.evaluated({"iter": done, "eval_seconds": round(scores["eval_seconds"], 3), **named})
     task = _tasks(run)[-1]
     score = run.scores[task][METRICS[task][0]]
@@ -307,8 +316,10 @@ def record(run: Run, done: int, scores: dict[str, Any], content: dict[str, Any] 
     if score is not None and score > run.best:
         run.best, run.without_gain = score, 0
         if content is not None:
-            logger.info("wrote %s", checkpoint.save(run.output, BEST, content | {"best": score}, last=False))
-    write_report(run.output)
+            with run.pace.aside("checkpoint"):
+                logger.info("wrote %s", checkpoint.save(run.output, BEST, content | {"best": score}, last=False))
+    with run.pace.aside("log"):
+        write_report(run.output)
 
 
 def reached_target(run: Run) -> bool:
@@ -336,10 +347,11 @@ def save(run: Run, done: int, name: str, last: bool = True) -> None:
     if not saves(run):
         return
     watch.at("writing a checkpoint")
-    path = checkpoint.save(run.output, name, checkpoint_content(run, done), last)
-    logger.info("wrote %s", path)
-    if run.cfg.SOLVER.CHECKPOINTS_KEPT:
-        checkpoint.keep(run.output, run.cfg.SOLVER.CHECKPOINTS_KEPT)
+    with run.pace.aside("checkpoint"):
+        path = checkpoint.save(run.output, name, checkpoint_content(run, done), last)
+        logger.info("wrote %s", path)
+        if run.cfg.SOLVER.CHECKPOINTS_KEPT:
+            checkpoint.keep(run.output, run.cfg.SOLVER.CHECKPOINTS_KEPT)
 
 
 def save_and_leave(run: Run) -> NoReturn:
@@ -423,7 +435,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool | Path) -
         device=device,
         output=output,
         model=model,
-        parallel=parallelize(model, device),
+        parallel=parallelize(model, device, cfg.DISTRIBUTED.BUCKET_MB),
         optimizer=optimizer,
         scaler=scaler,
         guard=nonfinite.Guard(cfg, optimizer, scaler, device),
@@ -454,9 +466,9 @@ def best_score(output: Path) -> float:
         return -1.0
 
 
-def parallelize(model: nn.Module, device: Device) -> nn.Module:
-    """DistributedDataParallel when there are ranks. Buffers are exchanged only where a batch norm or
-    RetinaNet's moving average changes them."""
+def parallelize(model: nn.Module, device: Device, bucket_mb: int) -> nn.Module:
+    """DistributedDataParallel when there are ranks, which averages `bucket_mb` MB of gradients at a time. Buffers are
+    exchanged only where a batch norm or RetinaNet's moving average changes them."""
     if distributed.world_size() == 1:
         return model
     running = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -464,8 +476,11 @@ def parallelize(model: nn.Module, device: Device) -> nn.Module:
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     exchange = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in 2.13
     ids = [device.torch_device] if device.torch_device.index is not None else None
+    views = device.gradient_views
+    # oneDNN's gradients of 1x1 convolutions have other strides for the same memory: they are copied, as without views
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
-        model, device_ids=ids, gradient_as_bucket_view=device.gradient_views, **{exchange: running}
+        model, device_ids=ids, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=views, **{exchange: running}
     )
 
 
