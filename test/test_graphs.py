@@ -306,10 +306,8 @@ def test_anchors_that_were_kept_stay_where_they_are():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="capturing for real needs a GPU")
-@pytest.mark.parametrize(
-    "overrides", [("DTYPE", "float32"), ("DTYPE", "bfloat16"), ("DTYPE", "float16")], ids=lambda o: o[1]
-)
-def test_captured_steps_on_a_gpu_are_eager_ones(tiny_config, tmp_path, overrides):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_captured_steps_on_a_gpu_are_eager_ones(tiny_config, tmp_path, dtype):
     """Up to the order of atomic sums. Two shapes take turns, so that graphs share their memory."""
     losses = {}
     for name, more in (("captured", CAPTURE), ("eager", ())):

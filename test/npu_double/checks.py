@@ -330,8 +330,8 @@ def test_masks_by_composites(rng):
 
 
 class HostTensors(TorchDispatchMode):
-    """Notes operators that read or give a tensor in the host's memory. Numbers, 0-dim there, go to a kernel as they are;
-    all else is copied to the device, for which a captured step has no place."""
+    """Notes operators that read or give a tensor of the host. Numbers, 0-dim there, go to a kernel as they are; all
+    else is copied to the device, for which a captured step has no place."""
 
     def __init__(self) -> None:
         super().__init__()
