@@ -71,6 +71,7 @@ def test_torch_has_the_names_that_a_device_asks_for(hardware, kind):
     assert device.module is getattr(torch, kind)
     assert {"synchronize", "Event"} <= set(dir(device.module))
     assert {"record", "synchronize", "elapsed_time"} <= set(dir(device.module.Event))
+    assert not device.pinned_memory or {"Stream", "stream", "current_stream"} <= set(dir(device.module))
     tells = {"max_memory_allocated", "reset_peak_memory_stats", "get_device_name"}
     assert (tells & set(dir(device.module))) == (set() if kind == "mps" else tells)
 

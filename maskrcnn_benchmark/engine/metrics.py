@@ -91,17 +91,23 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 class Pace:
-    """Where a rank's time goes: to reading data, to the phases of a step on the device, to what lies between steps."""
+    """Where a rank's time goes: to reading data, to the phases of a step on the device, to what lies between steps.
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    marked: False where steps are captured as graphs, whose phases nothing can tell apart.
+    """
+
+    def __init__(self, device: Device, marked: bool = True) -> None:
+        self._device, self._marked = device, marked
         self._steps: list[tuple[float, float]] = []
         self._marks: list[tuple[str, Event, Event]] = []
         self._asides: list[tuple[str, float]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Around one of PHASES; marks in the device's queue, no waiting."""
+        """Around one of PHASES; marks in the device's queue, no waiting. None in a step that is captured as a graph."""
+        if not self._marked:
+            yield
+            return
         begin, end = self._device.event(), self._device.event()
         begin.record()
         yield

@@ -15,19 +15,26 @@ from .sampling import sample
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution and two 1x1s, the same on every level."""
+    """A 3x3 convolution (or several, `convolutions`) and two 1x1s, the same on every level."""
 
-    def __init__(self, in_channels: int, anchors_per_position: int, conv_channels: int = 0) -> None:
+    def __init__(
+        self, in_channels: int, anchors_per_position: int, conv_channels: int = 0, convolutions: int = 1
+    ) -> None:
         super().__init__()
         channels = conv_channels or in_channels
-        self.conv = normal_layer(Conv2d(in_channels, channels, 3, padding=1), 0.01)
+        layers = [
+            normal_layer(Conv2d(channels if number else in_channels, channels, 3, padding=1), 0.01)
+            for number in range(convolutions)
+        ]
+        self.conv = layers[0] if convolutions == 1 else nn.ModuleList(layers)  # one is named as in maskrcnn-benchmark
         self.cls_logits = normal_layer(nn.Conv2d(channels, anchors_per_position, 1), 0.01)
         self.bbox_pred = normal_layer(nn.Conv2d(channels, anchors_per_position * 4, 1), 0.01)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps [B, C, H, W] -> objectness logits [B, A, H, W] and box deltas [B, 4 * A, H, W], a level each."""
-        hidden = [with_relu(self.conv, feature) for feature in features]
-        return [self.cls_logits(h) for h in hidden], [self.bbox_pred(h) for h in hidden]
+        for layer in self.conv if isinstance(self.conv, nn.ModuleList) else [self.conv]:
+            features = [with_relu(layer, feature) for feature in features]
+        return [self.cls_logits(x) for x in features], [self.bbox_pred(x) for x in features]
 
 
 class RPN(nn.Module):
