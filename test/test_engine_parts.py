@@ -17,7 +17,7 @@ from torch import nn
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.engine import checkpoint, train
-from maskrcnn_benchmark.engine.metrics import PHASES, LossWindow, MetricsWriter
+from maskrcnn_benchmark.engine.metrics import PHASES, LossWindow, MetricsWriter, Pace
 from maskrcnn_benchmark.engine.nonfinite import BadStep
 from maskrcnn_benchmark.engine.optim import make_optimizer, make_schedule, set_learning_rate
 from maskrcnn_benchmark.engine.train import out_of_the_collectors_sight
@@ -193,6 +193,7 @@ def test_the_parts_of_a_step_are_measured_apart(tiny_config, tmp_path, monkeypat
     for line in lines:
         assert {name: line[f"{name}_time"] for name in ("data", *PHASES)} == {n: slept[n] for n in ("data", *PHASES)}
         assert line["time"] == 1 + 2 + 4 + 8
+    assert PHASES[0] not in Pace(get_device("cpu"), marked=False).read()  # of captured steps nobody knows
     # What followed the line before, a step's share of it
     assert [(line["log_time"], line["checkpoint_time"]) for line in lines] == [(0, 0), (8, 16)]
 

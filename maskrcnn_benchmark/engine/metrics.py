@@ -126,9 +126,9 @@ class Pace:
         self._steps.append((step_seconds, data_seconds))
 
     def read(self) -> dict[str, float]:
-        """Seconds a step, means since the last reading: `step`, `data`, PHASES, `log`, `checkpoint`. To be called where
-        the device has been waited for."""
-        sums = dict.fromkeys(("step", "data", *PHASES, "log", "checkpoint"), 0.0)
+        """Seconds a step, means since the last reading: `step`, `data`, PHASES where they are marked, `log`,
+        `checkpoint`. To be called where the device has been waited for."""
+        sums = dict.fromkeys(("step", "data", *(PHASES if self._marked else ()), "log", "checkpoint"), 0.0)
         for step, data in self._steps:
             sums["step"] += step
             sums["data"] += data
@@ -147,7 +147,7 @@ def stragglers(own: dict[str, float], share: float) -> list[str]:
 
     Reading data and going forward are what a rank does by itself: in the rest it has the time of the slowest one.
     """
-    ranks = distributed.all_values((socket.gethostname(), own["step"], own["data"], own["forward"]))
+    ranks = distributed.all_values((socket.gethostname(), own["step"], own["data"], own.get("forward", 0.0)))
     slow = []
     for rank, (host, step, data, forward) in enumerate(ranks):
         others = [d + f for r, (_, _, d, f) in enumerate(ranks) if r != rank]

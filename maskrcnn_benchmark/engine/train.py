@@ -40,7 +40,7 @@ from ..structures import ImageBatch, Targets
 from . import checkpoint, determinism, distributed, graphs, nonfinite, scoring, watch
 from .datasets import open_dataset, test_datasets
 from .inference import combine, evaluate_model, run_model
-from .metrics import PHASES, LossWindow, MetricsWriter, Pace, stragglers
+from .metrics import LossWindow, MetricsWriter, Pace, stragglers
 from .optim import Schedule, make_optimizer, make_schedule, set_learning_rate
 
 logger = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ def log(run: Run, done: int, losses: dict[str, float]) -> None:
             **skipped,
             "lr": lr,
             **recent,
-            **{f"{name}_time": spent[name] for name in (*PHASES, "log", "checkpoint")},
+            **{f"{name}_time": seconds for name, seconds in spent.items() if name not in ("step", "data")},
             "max_memory_mb": round(memory, 1),
         }
     )
