@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import pickle
@@ -19,6 +20,7 @@ from maskrcnn_benchmark.engine import checkpoint, train
 from maskrcnn_benchmark.engine.metrics import PHASES, LossWindow, MetricsWriter
 from maskrcnn_benchmark.engine.nonfinite import BadStep
 from maskrcnn_benchmark.engine.optim import make_optimizer, make_schedule, set_learning_rate
+from maskrcnn_benchmark.engine.train import out_of_the_collectors_sight
 from maskrcnn_benchmark.errors import CheckpointError, ConfigError
 from maskrcnn_benchmark.models import weights
 from maskrcnn_benchmark.models.build import build_model
@@ -340,3 +342,12 @@ def test_torchvision_backbone(tmp_path):
     torch.save(state, tmp_path / "resnet50.pth")
     assert weights.load_weights(model, str(tmp_path / "resnet50.pth")) == "backbone"
     torch.testing.assert_close(model.backbone.body.state_dict(), body)
+
+
+def test_a_run_is_out_of_the_garbage_collectors_sight():
+    before = gc.get_freeze_count()
+    with pytest.raises(ZeroDivisionError), out_of_the_collectors_sight():
+        assert gc.get_freeze_count() > before + 10_000
+        assert gc.isenabled()
+        raise ZeroDivisionError
+    assert gc.get_freeze_count() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 from collections import Counter
 from contextlib import contextmanager
@@ -302,3 +303,24 @@ def test_anchors_that_were_kept_stay_where_they_are():
     for side in range(3, 3 + 2 * AnchorGenerator.CACHED_SHAPES):
         assert len(anchors([(side, 1)], (4 * side, 4), torch.device("cpu"))[0]) == side
     assert anchors([(2, 2)], (8, 8), torch.device("cpu"))[0] is first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="capturing for real needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_captured_steps_on_a_gpu_are_eager_ones(tiny_config, tmp_path, dtype):
+    """Up to the order of atomic sums. Two shapes take turns, so that graphs share their memory."""
+    losses = {}
+    for name, more in (("captured", CAPTURE), ("eager", ())):
+        (tmp_path / name).mkdir()
+        cfg = get_config(tiny_config, [*SMALL_STEP, *more, "DTYPE", dtype, "SOLVER.OPTIMIZER", "SGD"])
+        run = build_run(cfg, get_device("cuda"), tmp_path / name, resume=False)
+        run.parallel.train()
+        batches = list({tuple(shapes_of(batch)): batch for batch in itertools.islice(run.batches, 12)}.values())[:2]
+        losses[name] = []
+        for iteration in range(16):
+            set_learning_rate(run.optimizer, 1e-3 * (1 + iteration))
+            distributed.seed_step(0, iteration)
+            losses[name].append(train_step(run, [batches[iteration % 2]]))
+        assert run.captured is None or len(run.captured._captured) == 2
+    values = [[sum(step.values()).item() for step in steps_] for steps_ in losses.values()]
+    assert values[0] == pytest.approx(values[1], rel=1e-3 if dtype == "float32" else 2e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import logging
@@ -11,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -549,7 +551,7 @@ def run_training(cfg: CfgNode, device: Device, resume: bool | Path = False, skip
     start_mllog(run, resume, begun)
     success = False
     try:
-        with run.termination:
+        with run.termination, out_of_the_collectors_sight():
             done = train(run)
             save(run, done, "model_final.pth")
             if run.test and not skip_test and not (run.scores and run.scored_at == done):
@@ -567,6 +569,18 @@ def run_training(cfg: CfgNode, device: Device, resume: bool | Path = False, skip
     write_result(cfg, device, output, run.scores, run.performance, done)
     write_report(output)
     return run
+
+
+@contextmanager
+def out_of_the_collectors_sight() -> Iterator[None]:
+    """What a run is made of is no garbage until it ends. To look through its 300,000 objects again takes the garbage
+    collector 145 ms, three steps of a fast device."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def start_mllog(run: Run, resume: bool, begun: int) -> None:
