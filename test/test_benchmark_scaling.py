@@ -6,12 +6,12 @@ import pytest
 import torch.distributed as dist
 from benchmark_results import result
 from conftest import ROOT
-from torch.nn.parallel import DistributedDataParallel
 
 from maskrcnn_benchmark.benchmark import flops, results, scaling, sides, workload
 from maskrcnn_benchmark.benchmark.scaling import Bucket, Cluster, Evaluation, Link, Prediction, Step
 from maskrcnn_benchmark.config import flat, get_config
 from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.engine import train
 from maskrcnn_benchmark.errors import UserError
 
 # Nodes of 4 with links of 1 GB/s and 10 us, a network of .1 GB/s and 100 us
@@ -59,13 +59,14 @@ def test_buckets_by_hand():
     ]
 
 
-def test_buckets_and_their_order_are_torchs(cfg, tmp_path):
+def test_buckets_and_their_order_are_torchs(cfg, tmp_path, monkeypatch):
     """In a group of one rank. After the first step torch fills its buckets anew, in the order in which gradients
     came."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         model = sides.fresh_model(cfg, get_device("cpu")).train()
-        parallel = DistributedDataParallel(model, bucket_cap_mb=1)
+        monkeypatch.setattr(train.distributed, "world_size", lambda: 2)  # else there would be nothing to exchange
+        parallel = train.parallelize(model, get_device("cpu"), 1)
         batch = workload.training_workload(cfg, get_device("cpu"), 1, (96, 96), 4)
         for _ in range(3):  # torch tells them a step after it has filled them
             sum(parallel(batch.images, batch.targets).values()).backward()
@@ -74,6 +75,7 @@ def test_buckets_and_their_order_are_torchs(cfg, tmp_path):
         dist.destroy_process_group()
     filled = scaling.buckets(flops.gradients(cfg, (96, 96), 4), 1)
     assert len(filled) > 2
+    assert logged["bucket_cap_bytes"] == 2**20 and logged["gradient_as_bucket_view"]
     assert logged["rebuilt_bucket_sizes"] == ", ".join(str(bucket.size) for bucket in filled)
 
 
