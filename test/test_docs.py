@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from maskrcnn_benchmark.__main__ import commands, load
-from maskrcnn_benchmark.config import get_config
+from maskrcnn_benchmark.config import flat, get_config
+from maskrcnn_benchmark.config.defaults import get_defaults
 from maskrcnn_benchmark.places import find_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,22 +141,40 @@ def free_port() -> int:
 KEY = re.compile(r"`([A-Z][A-Z0-9]*(?:[._][A-Z0-9_]+)*)(?: [^`]*)?`")
 
 
-def new_names(page: Path) -> list[str]:
-    """What the last column of the page's tables puts into backticks, and its lines outside tables."""
+# What the tools' parsers, links, keys and files are looked for in
+PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "README.zh-CN.md"])
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def of_ours(page: Path) -> str:
+    """The page's text, of its tables the last column alone: others' names may stand in the first ones."""
     lines = page.read_text(encoding="utf-8").splitlines()
-    return [text for line in lines for text in KEY.findall(line.rpartition(" | ")[2] if line.startswith("|") else line)]
+    return "\n".join(line.rpartition(" | ")[2] if line.startswith("|") else line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["migrating.md", "heads.md", "multinode.md", "install.md", "quickstart.md"])
-def test_every_key_exists(name):
-    from maskrcnn_benchmark.config.checks import get
-    from maskrcnn_benchmark.config.defaults import get_defaults
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "weights.md"], ids=name_of)
+def test_every_key_exists(page):
+    """With or without MODEL. before it. weights.md names detectron2's too."""
+    known = {key: key for key in flat(get_defaults())}
+    known |= {key.removeprefix("MODEL."): key for key in known}
+    sections = {key.rpartition(".")[0] for key in known}
+    keys = [key for key in KEY.findall(of_ours(page)) if "." in key]
+    assert not [key for key in keys if key not in known and key not in sections]
 
-    cfg = get_defaults()
-    keys = [key for key in new_names(DOCS / name) if "." in key]
-    for key in keys:
-        get(cfg, key)
-    assert keys or name in ("install.md",), name
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_named_file_and_test_exists(page):
+    text = of_ours(page)
+    files = re.findall(r"(?<![\w/.-])((?:tools|configs|test|csrc|maskrcnn_benchmark)/[\w./-]+\.\w+)", text)
+    examples = ("NAME.yaml", "test/output/")
+    assert not [f for f in files if not (ROOT / f).exists() and not any(example in f for example in examples)]
+    ours = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "test").glob("test_*.py"))
+    tests = re.findall(r"`(?:test_\w+\.py::)?(test_\w+)(?:`|\.\.\.`|\*`)", page.read_text(encoding="utf-8"))
+    parameters = ("test_pre_nms_top_n", "test_post_nms_top_n")
+    assert not [test for test in tests if f"def {test}" not in ours and test not in parameters]
 
 
 def test_keys_of_maskrcnn_benchmark_are_understood(tmp_path):
@@ -219,10 +238,6 @@ def test_every_message_of_troubleshooting_is_one_of_ours():
     assert not [message for message in messages if not any(says(template, message) for template in ours)]
 
 
-# The tools' own parsers: what `python tools/NAME.py` and `maskrcnn-benchmark NAME` are asked to do in the documents.
-PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "README.zh-CN.md"])
-
-
 def tool_calls(page: Path) -> list[list[str]]:
     """Subcommand and arguments of every call of a tool in the page's shell code and in its tables."""
     text = page.read_text(encoding="utf-8")
@@ -237,10 +252,6 @@ def tool_calls(page: Path) -> list[list[str]]:
             elif word == "maskrcnn-benchmark" or words[place - 1 : place + 1] == ["-m", "maskrcnn_benchmark"]:
                 calls.append(words[place + 1 :])
     return [call for call in calls if len(call) > 1 and not {"...", "COMMAND", "KEY"} & set(call)]
-
-
-def name_of(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -210,12 +210,31 @@ def test_an_evaluation_alone_has_a_page(run, again, tiny_config, tmp_path):
 
 
 def test_names_cannot_break_the_page(again):
-    name = '</pre><script>alert("1")</script>&'
-    renamed = again.rename(again.with_name("a<b>&"))
+    """Of the run, of classes, of a picture, in the configuration, of the device and of metrics."""
+    name = "</pre></svg><script>alert('1')<|script>&\""
+    renamed = again.rename(again.with_name(f"run {name.replace('/', '')}"))
     config = (renamed / "config.yaml").read_text()
-    (renamed / "config.yaml").write_text(config + f"# {name}\n")
-    tags = {tag for tag, _ in page_of(renamed).tags}
-    assert not tags & {"script", "a"} and page_of(renamed, renamed).open == []
+    (renamed / "config.yaml").write_text(config + f"# config {name}\n")
+    details, result = renamed / "inference" / "coco_2017_val_details.json", renamed / "result.json"
+    found, about = json.loads(details.read_text()), json.loads(result.read_text())
+    for task in ("bbox", "segm"):
+        found[task]["classes"] = {f"class {name}": next(iter(found[task]["classes"].values()))}
+    found["confusion"]["names"][0] = f"confused {name}"
+    details.write_text(json.dumps(found))
+    about["environment"] |= {"device_name": f"device {name}"}
+    result.write_text(json.dumps(about))
+    (renamed / "environment.json").write_text(json.dumps(about["environment"]))
+    picture = next(renamed.rglob("predictions/**/*.png"))
+    picture.rename(picture.with_name(f"picture {name.replace('/', '')}.png"))
+    lines = lines_of(renamed / "metrics.jsonl")
+    column = f"loss_{name}"
+    (renamed / "metrics.jsonl").write_text("".join(json.dumps(line | {column: 1.0}) + "\n" for line in lines))
+    for page in (page_of(renamed), page_of(renamed, renamed)):
+        assert not {tag for tag, _ in page.tags} & {"script", "a"} and page.open == []
+    words = " ".join(page_of(renamed).words)
+    for part in ("run", "config", "class", "confused", "device", "picture"):
+        assert f"{part} <" in words, f"nothing is shown of the {part}'s name"
+    assert name in words
 
 
 def test_a_report_that_fails_does_not_end_a_run(again, monkeypatch, caplog):

@@ -27,7 +27,7 @@ RETINANET = [
     *("MODEL.RETINANET.NUM_CLASSES", "4", "MODEL.RETINANET.NUM_CONVS", "2"),
     *("MODEL.RETINANET.ANCHOR_SIZES", "(16, 32, 64, 128, 256)"),
 ]
-NORMALIZERS = ("batch", "image", "moving_average")
+NORMALIZERS = ("batch", "image", "positives", "moving_average")
 
 
 def retinanet(*overrides: str, **device_changes):
@@ -75,6 +75,7 @@ def test_losses_are_the_peers_rules(normalizer, background):
             sum(loss / max(1, int(n)) for loss, n in zip(part, positives)) / 3 / divisor
             for part, divisor in ((by_class, 1), (by_box, 4))
         ),
+        "positives": (sum(by_class) / (total + 1), sum(by_box) / (total + 1) / 4),  # one image of three has none
         "moving_average": tuple(
             sum(part) / (0.9 * 100 + 0.1 * total) / divisor for part, divisor in ((by_class, 1), (by_box, 4))
         ),

@@ -60,7 +60,7 @@ from maskrcnn_benchmark.benchmark.compare import Comparison, Limits, compare
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import Device, get_device
 from maskrcnn_benchmark.engine import distributed
-from maskrcnn_benchmark.errors import UserError
+from maskrcnn_benchmark.errors import UserError, visible
 from maskrcnn_benchmark.report import benchmark_page
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -725,7 +725,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def tell(args: argparse.Namespace, base: dict[str, Any], new: dict[str, Any], comparison: Comparison) -> int:
     """Prints the verdict, writes the report, and returns the exit status."""
-    print(benchmark_page.text(comparison))
+    print(visible(benchmark_page.text(comparison)))
     if args.report:
         benchmark_page.write(args.report, new, base, comparison)
         print(f"wrote {args.report}")
@@ -846,7 +846,7 @@ def run_history(args: argparse.Namespace) -> int:
         history.append(args.history, results.read(args.add))
     for series in history.series(history.read(args.history)):
         if args.only is None or args.only.search(f"{series.case} {series.metric}"):
-            print("\n".join(history.describe(series)))
+            print(visible("\n".join(history.describe(series))))
     return 0
 
 

@@ -18,7 +18,7 @@ from torch.profiler import profile, supported_activities
 from yacs.config import CfgNode
 
 from ..config import flat, sha256
-from ..data.catalog import build_dataset, check_num_classes
+from ..data.catalog import build_dataset, check_num_classes, num_classes
 from ..data.coco import content_of
 from ..data.loader import test_loader, train_loader
 from ..device import Device, get_device
@@ -135,8 +135,11 @@ def check(request: Request) -> None:
     if request.warmup <= eager_steps(request):
         raise UserError(f"--warmup {request.warmup}: with SOLVER.GRAPH_CAPTURE the first {WARM_UP} steps are eager")
     model = request.cfg.MODEL
-    if model.RETINANET_ON or model.RPN_ONLY:
-        raise UserError("RoIs are counted here: MODEL.RETINANET_ON and MODEL.RPN_ONLY have none; set both to False")
+    if (model.RETINANET_ON or model.RPN_ONLY) and (request.training or request.against):
+        raise UserError(
+            "RoIs are counted in training and with --against: MODEL.RETINANET_ON and MODEL.RPN_ONLY have none;"
+            " set both to False"
+        )
     if model.KEYPOINT_ON and request.training and request.data == "synthetic":
         raise UserError("synthetic data has no keypoints: measure the training of MODEL.KEYPOINT_ON with --data real")
     if request.against and (ranks > 1 or request.data == "real"):
@@ -182,7 +185,7 @@ def synthetic_data(request: Request, workload: Workload) -> tuple[Batches, dict[
     """The batch without end; and for inference the ground truth of all ranks' images."""
     if request.training:
         return repeat(workload), None
-    classes = request.cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES - 1
+    classes = num_classes(request.cfg)[1] - 1
     samples = [draw_sample(number, request.size, OBJECTS, classes) for number in range(request.batch)]
     return repeat(workload), ground_truth(request.cfg, samples)
 

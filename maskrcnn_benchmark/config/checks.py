@@ -35,7 +35,7 @@ CHOICES = {
     "MODEL.ROI_KEYPOINT_HEAD.FEATURE_EXTRACTOR": ("KeypointRCNNFeatureExtractor",),
     "MODEL.ROI_KEYPOINT_HEAD.PREDICTOR": ("KeypointRCNNPredictor",),
     "MODEL.ROI_KEYPOINT_HEAD.POSITIVES": ("object", "proposal", "all"),
-    "MODEL.RETINANET.LOSS_NORMALIZER": ("batch", "image", "moving_average"),
+    "MODEL.RETINANET.LOSS_NORMALIZER": ("batch", "image", "positives", "moving_average"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RESIZE_ROUNDING": ("nearest", "down"),
     "INPUT.RESIZE_BY": ("opencv", "pillow"),
@@ -125,6 +125,7 @@ LISTS = {
     "MODEL.RESNETS.STAGE_WITH_DCN": (bool, 4, False),
     "SOLVER.STEPS": (int, 0, False),
     "TEST.BBOX_AUG.SCALES": (int, 0, True),
+    "TEST.BBOX_AUG.KEYPOINT_MIRROR": (int, 0, False),
     "TEST.METRICS": (str, 0, False),
     "TEST.KEYPOINT_SIGMAS": (NUMBER, 0, True),
     "TEST.EXPECTED_RESULTS": ((tuple, list), 0, False),
@@ -327,9 +328,11 @@ def _check_keypoint_head(cfg: CfgNode, scales: tuple[float, ...]) -> None:
         f"TEST.KEYPOINT_SIGMAS has {len(cfg.TEST.KEYPOINT_SIGMAS)} numbers for {head.NUM_CLASSES} keypoints "
         f"({key}.NUM_CLASSES)",
     )
+    mirror = tuple(cfg.TEST.BBOX_AUG.KEYPOINT_MIRROR)
     _require(
-        not cfg.TEST.BBOX_AUG.ENABLED,
-        "TEST.BBOX_AUG.ENABLED and MODEL.KEYPOINT_ON are both True; keypoints of several views are not put together",
+        not cfg.TEST.BBOX_AUG.ENABLED or sorted(mirror) == list(range(head.NUM_CLASSES)),
+        f"TEST.BBOX_AUG.KEYPOINT_MIRROR is {mirror}; with {head.NUM_CLASSES} keypoints ({key}.NUM_CLASSES) it needs "
+        f"each of 0 to {head.NUM_CLASSES - 1} once",
     )
 
 

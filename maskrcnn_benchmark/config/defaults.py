@@ -121,6 +121,8 @@ _C.MODEL.RETINANET.WHOLE_ANCHOR_SIZES = False
 _C.MODEL.RETINANET.STRADDLE_THRESH = -1
 # P6 is made of C5 (the paper) or of P5
 _C.MODEL.RETINANET.USE_C5 = True
+# (+) A ReLU between P6 and P7's convolution (the paper) or none (MMDetection)
+_C.MODEL.RETINANET.P7_RELU = True
 # 3x3 convolutions of each tower, before the last
 _C.MODEL.RETINANET.NUM_CONVS = 4
 # (+) Norm after each of them: FrozenBN, BN, SyncBN, GN or none
@@ -139,7 +141,7 @@ _C.MODEL.RETINANET.BG_IOU_THRESHOLD = 0.4
 _C.MODEL.RETINANET.LOSS_ALPHA = 0.25
 _C.MODEL.RETINANET.LOSS_GAMMA = 2.0
 # (+) What divides the losses. batch: positives + images, the box loss positives. image: each image's positives
-# (torchvision). moving_average: of the positives over steps (detectron2)
+# (torchvision). positives: all images' (MMDetection). moving_average: of the positives over steps (detectron2)
 _C.MODEL.RETINANET.LOSS_NORMALIZER = "batch"
 # Probability of each class before training
 _C.MODEL.RETINANET.PRIOR_PROB = 0.01
@@ -424,7 +426,8 @@ _C.DISTRIBUTED = CN()
 # (+) Seconds without progress after which a run of several ranks ends with the name of the rank that the others wait
 # for; they also wait while the main rank scores a large test set
 _C.DISTRIBUTED.TIMEOUT = 3600
-# (+) MB (2^20 bytes) of gradients that ranks average at a time, while the backward pass goes on
+# (+) MB (2^20 bytes) of gradients that ranks average at a time, while the backward pass goes on. Torch's own choice: 1,
+# 5 and 100 were as fast on two ranks (docs/scaling.md)
 _C.DISTRIBUTED.BUCKET_MB = 25
 
 _C.MLPERF = CN()
@@ -466,6 +469,8 @@ _C.TEST.BBOX_AUG.SCALES = ()
 _C.TEST.BBOX_AUG.MAX_SIZE = 4000
 # Mirrored views at the further short sides too
 _C.TEST.BBOX_AUG.SCALE_H_FLIP = False
+# (+) The keypoint that each of 0, 1, ... becomes in a mirrored view; these are COCO's 17 of a person
+_C.TEST.BBOX_AUG.KEYPOINT_MIRROR = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
 
 _C.LOGGING = CN()
 # (+) Iterations from one log line to the next; the only place where a step waits for the device

@@ -150,7 +150,9 @@ def build_neck(cfg: CfgNode, in_channels: list[int]) -> nn.Module:
     if form.width:
         return HRFPN(in_channels, channels, norm, cfg.MODEL.FPN.USE_RELU)
     aug, retinanet = cfg.MODEL.AUG_FPN, form.neck == "FPN-RETINANET"
-    top = LastLevelP6P7(in_channels[-1], channels, cfg.MODEL.RETINANET.USE_C5) if retinanet else LastLevelMaxPool()
+    top, keys = LastLevelMaxPool(), cfg.MODEL.RETINANET
+    if retinanet:
+        top = LastLevelP6P7(in_channels[-1], channels, keys.USE_C5, keys.P7_RELU)
     options = {"norm": norm, "relu": cfg.MODEL.FPN.USE_RELU, "first_level": 2 if retinanet else 1, "top_blocks": top}
     if not (aug.RESIDUAL_AUGMENTATION or aug.CONSISTENT_SUPERVISION):
         return FPN(in_channels, channels, **options)
@@ -305,6 +307,7 @@ def build_keypoint_head(cfg: CfgNode, channels: int, compact: bool) -> KeypointH
         pool=build_pool(cfg, keypoint, channels),
         feature_extractor=extractor,
         predictor=KeypointPredictor(extractor.out_channels, keypoint.NUM_CLASSES),
+        mirror=tuple(cfg.TEST.BBOX_AUG.KEYPOINT_MIRROR),
         positives=keypoint.POSITIVES,
         positives_per_image=int(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION),
         plus_one=cfg.MODEL.LEGACY_PLUS_ONE,

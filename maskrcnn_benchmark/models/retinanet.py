@@ -65,7 +65,8 @@ class RetinaNet(Detector):
     straddle: anchors further outside the image than this are left out of the losses; negative: none.
     loss_normalizer: what the sums over anchors are divided by. "batch": the class loss by positives + images, the box
         loss by positives (maskrcnn-benchmark). "image": each image's by its positives, then the mean over images
-        (torchvision). "moving_average": both by the positives' moving average over steps (detectron2).
+        (torchvision). "positives": both by all images' positives, each image's counted as one at least (MMDetection).
+        "moving_average": both by the positives' moving average over steps (detectron2).
     box_loss_divisor: divides the box loss once more.
     box_loss: losses.box_loss's kind. smooth_l1_beta: where it bends; 0 is L1.
     pre_nms: the best pairs of anchor and class that each level hands on to NMS.
@@ -175,6 +176,9 @@ class RetinaNet(Detector):
         if self.loss_normalizer == "image":
             each = positives.clamp(min=1) * images
             return each, each
+        if self.loss_normalizer == "positives":
+            total = positives.clamp(min=1).sum()
+            return total, total
         total = positives.sum()
         if self.loss_normalizer == "batch":
             # At least 1 after the divisor, which the box loss has got already.

@@ -29,9 +29,9 @@ _TASKS |= {"cityscapes": ("Cityscapes mask", "AP")}
 _STYLE = (
     accuracy.STYLE
     + """
-.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:10px;margin:12px 0}
+.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(10.5rem,1fr));gap:10px;margin:12px 0}
 .facts div{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px 12px}
-.facts b{display:block;font-size:1.25rem;font-variant-numeric:tabular-nums}
+.facts b{display:block;font-size:1.1rem;font-variant-numeric:tabular-nums}
 .facts span{color:var(--soft);font-size:.87rem}
 .pictures.pairs{grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
 .pictures.pairs img{width:100%}
