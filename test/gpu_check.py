@@ -50,7 +50,8 @@ STEPS, WINDOW, APART = 50, 10, 5 * 2.0**-8
 # As many anchors and RoIs as there are, so that nothing is drawn at random, which devices do each in their own way
 ALL_SAMPLED = (
     *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "20000", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "1024"),
-    *("MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "SOLVER.BASE_LR", "0.0005"),
+    *("MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0", "SOLVER.BASE_LR", "0.001", "SOLVER.WARMUP_ITERS", "10"),
+    *("SOLVER.IMS_PER_BATCH", "4"),
 )
 
 
@@ -111,7 +112,7 @@ def curve(scratch: Path, name: str, device: str, *overrides: str) -> Stage:
     size = ("INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MAX_SIZE_TRAIN", "128")
     train = (sys.executable, "tools/train_net.py", "--config-file", "configs/quickstart.yaml", "--device", device)
     command = (*train, "--skip-test", *options, *size, *ALL_SAMPLED, *overrides)
-    return Stage(f"curve {name}", command, 60, (f"curve_{name}/metrics.jsonl",))
+    return Stage(f"curve {name}", command, 120 if device == "cpu" else 60, (f"curve_{name}/metrics.jsonl",))
 
 
 def run_stage(stage: Stage, scratch: Path) -> dict[str, Any]:

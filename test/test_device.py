@@ -54,6 +54,7 @@ def test_capabilities(hardware, kind):
     )
     assert device.torch_device == (torch.device("cpu") if kind == "cpu" else torch.device(kind, 0))
     assert not device.optimizers and device.gradient_views
+    assert device.graph_type == {"cuda": "CUDAGraph"}.get(kind, "")
 
 
 @pytest.mark.parametrize("kind", CAPABILITIES)
