@@ -80,12 +80,12 @@ def spoilt(tiny_config, tmp_path):
     return call
 
 
-def order_of(tiny_config, ranks: int) -> list[list[list[int]]]:
-    """Image ids of the first epoch's steps, by rank, from the loader itself."""
+def order_of(tiny_config, ranks: int, steps: int = 3) -> tuple[list[list[list[int]]], list[int]]:
+    """Image indices of the first steps by rank, from the loader itself (an epoch has three), and the images' ids."""
     cfg, device = get_config(tiny_config), get_device("cpu")
     dataset = open_dataset(cfg.DATASETS.TRAIN, cfg, training=True)
     loaders = [train_loader(cfg, dataset, device, rank, ranks, 0) for rank in range(ranks)]
-    return [[job[2] for job, _ in zip(loader._jobs(), range(3))] for loader in loaders], dataset.image_ids
+    return [[job[2] for job, _ in zip(loader._jobs(), range(steps))] for loader in loaders], dataset.image_ids
 
 
 @pytest.fixture
@@ -126,17 +126,18 @@ def test_a_spoilt_step_stops_all_ranks_and_can_be_replayed(spoilt, replay, tiny_
 def test_a_step_is_left_out_alike_on_all_ranks_and_the_next_ends_the_run(spoilt, tiny_config, tmp_path):
     """Rank 1's loss in the first step: a momentum made then must not be garbage. The image comes again in the second
     epoch, and only one step may be left out."""
-    order, ids = order_of(tiny_config, 2)
-    image = ids[order[1][0][0]]
+    order, ids = order_of(tiny_config, 2, steps=6)
+    index = order[1][0][0]
+    step, rank = next((step, rank) for step in (3, 4, 5) for rank in (0, 1) if index in order[rank][step])
     keys = ("SOLVER.SKIP_NONFINITE_STEPS", 1, "SOLVER.OPTIMIZER", "SGD", "LOGGING.PERIOD", 1)
-    result = spoilt("loss", image, *keys, ranks=2)
+    result = spoilt("loss", ids[index], *keys, ranks=2)
     assert "iteration 1 is left out" in result.stdout
-    assert_both_ranks_say(result, "loss_mask = nan on rank 1, images [", str(image))
+    words = (f"iteration {step + 1}: loss_mask = nan", f"on rank {rank}, images [", str(ids[index]))
+    assert_both_ranks_say(result, *words)
     lines = read_metrics(tmp_path / "out")
     assert {line["skipped_steps"] for line in lines} == {1} and all(line["loss"] < 100 for line in lines[1:])
-    (path,) = (tmp_path / "out").glob("nonfinite_step_*.pt")
-    dump = nonfinite.read_dump(path)
-    assert 4 <= dump["iteration"] + 1 == lines[-1]["iter"] + 1 <= 6
+    dump = nonfinite.read_dump(tmp_path / "out" / f"nonfinite_step_{step + 1}.pt")
+    assert dump["iteration"] == lines[-1]["iter"] == step
     assert all(tensor.isfinite().all() and tensor.abs().max() < 100 for tensor in dump["model"].values())
 
 
@@ -276,15 +277,17 @@ def uneven(tmp_path, tiny_config) -> Path:
 
 
 def test_uneven_ranks_and_empty_batches(run, uneven, tmp_path):
-    """21 images in batches of 4 over two ranks, one of which has no object in two of its steps; then all 21 are
-    evaluated, each once."""
+    """21 images in batches of 4 over two ranks, one of which has no object in two of its steps; then all are evaluated,
+    and each that has objects is counted once."""
     arguments = ("--config-file", uneven, "--device", "cpu", "OUTPUT_DIR", tmp_path / "out")
     assert_ok(run(TRAIN, *arguments, "DATASETS.TEST", "('coco_2017_train',)", ranks=2))
     lines = read_metrics(tmp_path / "out")
     losses = [[value for name, value in line.items() if name.startswith("loss")] for line in lines]
     assert len(losses) == 6 and all(np.isfinite(values).all() and len(values) == 6 for values in losses)
     details = json.loads((tmp_path / "out" / "inference" / "coco_2017_train_details.json").read_text())
-    assert len({row[0] for row in details["images"]}) == len(details["images"]) == 21
+    truth = json.loads((uneven.parent / "data" / "annotations" / "instances_train2017.json").read_text())
+    assert len(truth["images"]) == 21
+    assert [row[0] for row in details["images"]] == sorted({entry["image_id"] for entry in truth["annotations"]})
 
 
 # Runs train_net.py with slow reads on rank 1, which after so many hang
