@@ -189,6 +189,8 @@ _C.MODEL.RPN.POST_NMS_TOP_N_TEST = 1000
 _C.MODEL.RPN.NMS_THRESH = 0.7
 # Proposals whose width or height is not above this are dropped
 _C.MODEL.RPN.MIN_SIZE = 0.0
+# (+) Proposals of a lower probability are dropped
+_C.MODEL.RPN.SCORE_THRESH = 0.0
 # With FPN: proposals kept over all levels
 _C.MODEL.RPN.FPN_POST_NMS_TOP_N_TRAIN = 2000
 _C.MODEL.RPN.FPN_POST_NMS_TOP_N_TEST = 2000
