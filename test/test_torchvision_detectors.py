@@ -276,7 +276,7 @@ class Maps(IntermediateLayerGetter):
 def test_a_mobilenet_as_backbone(tmp_path):
     """torchvision's fasterrcnn_mobilenet_v3_large_fpn, put together of our parts and its body, with its weights."""
     theirs = detection.fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None, **OPTIONS, num_classes=91)
-    randomize(theirs, {"rpn.head.cls_logits": 0.05, "rpn.head.bbox_pred": 0.02, "cls_score": 0.3})
+    randomize(theirs, {"rpn.head.cls_logits": 0.05, "rpn.head.bbox_pred": 0.02, "cls_score": 3.0})
     body = copy.deepcopy(theirs.backbone.body)
     backbone = torch.nn.Sequential()
     backbone.body = Maps(body, dict(body.return_layers))
