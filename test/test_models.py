@@ -353,3 +353,19 @@ def test_sync_batch_norm_over_ranks_equals_batch_norm_over_all_images():
     torch.testing.assert_close(weight, norm.weight.grad, atol=1e-4, rtol=1e-4)
     for result in results:
         torch.testing.assert_close(torch.from_numpy(result[3]), norm.running_var)
+
+
+def test_proposals_of_low_probability_are_dropped():
+    """What is left is what was there above the threshold: a better box is never suppressed by a worse one."""
+    torch.manual_seed(0)
+    model, (images, _) = model_of(SMALL, TINY).eval(), make_batch()
+    torch.nn.init.normal_(model.rpn.head.cls_logits.weight, std=0.3)
+    with torch.no_grad():
+        features, padded = model.features(images)
+        everything, _ = model.rpn(features, padded, images.sizes)
+        model.rpn.score_threshold = 0.6
+        few, _ = model.rpn(features, padded, images.sizes)
+    for image in range(len(images.sizes)):
+        wanted = everything.valid[image] & (everything.scores[image] >= 0.6)
+        assert 0 < wanted.sum() < everything.valid[image].sum()
+        assert torch.equal(few.boxes[image][few.valid[image]], everything.boxes[image][wanted])

@@ -4,6 +4,7 @@ not installed these are skipped; test_fixtures.py has numbers computed before.""
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -15,13 +16,20 @@ from torch import Tensor
 from maskrcnn_benchmark.config import get_config, merge
 from maskrcnn_benchmark.config.checks import check
 from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.models.anchors import AnchorGenerator
+from maskrcnn_benchmark.models.box_head import BoxHead, BoxPredictor, MLPFeatureExtractor
 from maskrcnn_benchmark.models.build import build_model
+from maskrcnn_benchmark.models.fpn import FPN
+from maskrcnn_benchmark.models.rcnn import RCNN, Normalize
+from maskrcnn_benchmark.models.roi_pool import RoIPool
+from maskrcnn_benchmark.models.rpn import RPN, RPNHead
 from maskrcnn_benchmark.models.weights import from_ours, load_weights
 from maskrcnn_benchmark.ops import boxes as box_ops
 from maskrcnn_benchmark.ops.heatmaps import find_peaks
 from maskrcnn_benchmark.structures import BitmapBatch, ImageBatch, Targets
 
 detection = pytest.importorskip("torchvision.models.detection", reason="torchvision is not installed")
+from torchvision.models._utils import IntermediateLayerGetter  # noqa: E402
 
 SIZE = (128, 192)
 FEW = 60  # proposals
@@ -44,8 +52,9 @@ KEYPOINT = {
 class Pair:
     """torchvision's model and ours with its weights, and what both look at."""
 
-    def __init__(self, theirs: torch.nn.Module, keys: dict, folder, recipe: str = "") -> None:
-        """recipe: of configs/, with torchvision's arithmetic in it; otherwise Mask R-CNN's, and that is added."""
+    def __init__(self, theirs: torch.nn.Module, keys: dict, folder, recipe: str = "", ours: RCNN | None = None) -> None:
+        """recipe: of configs/, with torchvision's arithmetic in it; else Mask R-CNN's, and that is added. ours: the
+        model itself."""
         self.theirs = theirs.eval()
         torch.save(theirs.state_dict(), folder / "theirs.pth")
         cfg = get_config(ROOT / "configs" / f"{recipe or 'e2e_mask_rcnn_R_50_FPN_1x'}.yaml").clone()
@@ -53,7 +62,7 @@ class Pair:
         merge(cfg, {} if recipe else convention("torchvision"), "torchvision")
         merge(cfg, keys, "test")
         check(cfg)
-        self.ours = build_model(cfg, get_device("cpu")).eval()
+        self.ours = (ours or build_model(cfg, get_device("cpu"))).eval()
         assert load_weights(self.ours, str(folder / "theirs.pth")) == "torchvision"
         self.pixels = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
         sizes = torch.tensor([SIZE, SIZE])
@@ -257,6 +266,36 @@ def test_mask_rcnn_v2_losses(mask_rcnn_v2):
         assert len(ours) == len(theirs) == 5
         for name, loss in ours.items():
             assert float(loss) == pytest.approx(float(theirs[name]), rel=1e-3), (name, statistics)
+
+
+class Maps(IntermediateLayerGetter):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return list(super().forward(x).values())
+
+
+def test_a_mobilenet_as_backbone(tmp_path):
+    """torchvision's fasterrcnn_mobilenet_v3_large_fpn, put together of our parts and its body, with its weights."""
+    theirs = detection.fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None, **OPTIONS, num_classes=91)
+    randomize(theirs, {"rpn.head.cls_logits": 0.05, "rpn.head.bbox_pred": 0.02, "cls_score": 3.0})
+    body = copy.deepcopy(theirs.backbone.body)
+    backbone = torch.nn.Sequential()
+    backbone.body = Maps(body, dict(body.return_layers))
+    backbone.fpn = FPN([160, 960], 256)
+    anchors = AnchorGenerator(
+        ((32, 64, 128, 256, 512),) * 3, (0.5, 1.0, 2.0), (32, 32, 64), rounding="corners", grid="image"
+    )
+    head, counts = RPNHead(256, anchors.per_position), {"pre_nms": (2000, 1000), "post_nms": (2000, 1000)}
+    extractor, predictor = MLPFeatureExtractor(256, resolution=7), BoxPredictor(1024, classes=91)
+    ours = RCNN(
+        normalize=Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), bgr255=False),
+        backbone=backbone,
+        rpn=RPN(head, anchors, **counts, min_size=0.001, score_threshold=0.05),
+        box_head=BoxHead(RoIPool((1 / 32, 1 / 32), 7, 2, aligned=False), extractor, predictor, compact=True),
+    )
+    pair = Pair(theirs, {}, tmp_path, ours=ours)
+    for ours_map, their_map in zip(pair.features, pair.their_features):
+        close(ours_map, their_map)
+    pair.detections(least=10)
 
 
 @pytest.mark.parametrize("name", ["fasterrcnn", "maskrcnn", "keypoint_rcnn", "retinanet"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from yacs.config import CfgNode
 
 from ..config import flat, get_config
 from ..device import Device
@@ -122,13 +123,16 @@ def row(name: str, size: tuple[int, float], measured: dict[str, Any] | None) -> 
     return f"| {' | '.join((*cells, *numbers))} |"
 
 
+def model_of(cfg: CfgNode) -> str:
+    """What of a configuration makes the model, as it infers."""
+    return repr([(k, v) for k, v in flat(cfg).items() if k.startswith("MODEL.") and not TRAINING.match(k)])
+
+
 def same_models(directory: Path) -> list[list[str]]:
     """Recipes that differ in data, schedule, losses or weights alone, together: they infer alike."""
     groups: dict[str, list[str]] = {}
     for name in recipes(directory):
-        values = flat(get_config(directory / f"{name}.yaml"))
-        model = [(k, v) for k, v in values.items() if k.startswith("MODEL.") and not TRAINING.match(k)]
-        groups.setdefault(repr(model), []).append(name)
+        groups.setdefault(model_of(get_config(directory / f"{name}.yaml")), []).append(name)
     return list(groups.values())
 
 

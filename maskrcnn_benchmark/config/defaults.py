@@ -189,6 +189,8 @@ _C.MODEL.RPN.POST_NMS_TOP_N_TEST = 1000
 _C.MODEL.RPN.NMS_THRESH = 0.7
 # Proposals whose width or height is not above this are dropped
 _C.MODEL.RPN.MIN_SIZE = 0.0
+# (+) Proposals of a lower probability are dropped
+_C.MODEL.RPN.SCORE_THRESH = 0.0
 # With FPN: proposals kept over all levels
 _C.MODEL.RPN.FPN_POST_NMS_TOP_N_TRAIN = 2000
 _C.MODEL.RPN.FPN_POST_NMS_TOP_N_TEST = 2000
@@ -205,8 +207,9 @@ _C.MODEL.RPN.FOCAL_LOSS_GAMMA = 2.0
 # (+) The best anchors are chosen by their logit or, as upstream does, by their probability, in which float32 makes
 # large logits equal
 _C.MODEL.RPN.RANK_BY = "logit"
-# (+) Channels of the RPN's 3x3 convolutions, 0 for as many as it reads; and how many there are
+# (+) Channels of the RPN's 3x3 convolutions; 0 for as many as it reads
 _C.MODEL.RPN.CONV_DIM = 0
+# (+) How many of them there are
 _C.MODEL.RPN.NUM_CONVS = 1
 
 _C.MODEL.ROI_HEADS = CN()
@@ -459,7 +462,7 @@ _C.TEST.OVERLAP = "auto"
 _C.TEST.EXPECTED_RESULTS = []
 _C.TEST.EXPECTED_RESULTS_SIGMA_TOL = 4.0
 
-# Test-time augmentation: boxes of all views through one NMS; masks are the mean over the views
+# Test-time augmentation: boxes of all views through one NMS; masks, and keypoints' heat maps, are their mean
 _C.TEST.BBOX_AUG = CN()
 _C.TEST.BBOX_AUG.ENABLED = False
 # A mirrored view at INPUT.MIN_SIZE_TEST

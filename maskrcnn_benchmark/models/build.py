@@ -189,6 +189,7 @@ def build_rpn(cfg: CfgNode, channels: int) -> RPN:
         post_nms_per_batch=rpn.USE_FPN and rpn.FPN_POST_NMS_PER_BATCH,
         nms_threshold=rpn.NMS_THRESH,
         min_size=rpn.MIN_SIZE,
+        score_threshold=rpn.SCORE_THRESH,
         foreground_iou=rpn.FG_IOU_THRESHOLD,
         background_iou=rpn.BG_IOU_THRESHOLD,
         batch_size=rpn.BATCH_SIZE_PER_IMAGE,

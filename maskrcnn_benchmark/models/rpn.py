@@ -41,6 +41,7 @@ class RPN(nn.Module):
     """Proposals, and the losses when there are targets.
 
     pre_nms, post_nms: (training, test) numbers of proposals: a level before NMS, an image after.
+    score_threshold: proposals of a lower probability are dropped (torchvision's MobileNets).
     post_nms_per_batch: in training the best post_nms of the whole batch, as Detectron did.
     straddle: anchors further outside the image than this are left out of the loss; negative: none.
     loss_normalizer: "sampled" (number of sampled anchors) or "batch" (batch_size x images, detectron2).
@@ -59,6 +60,7 @@ class RPN(nn.Module):
         post_nms_per_batch: bool = False,
         nms_threshold: float = 0.7,
         min_size: float = 0.0,
+        score_threshold: float = 0.0,
         foreground_iou: float = 0.7,
         background_iou: float = 0.3,
         batch_size: int = 256,
@@ -74,7 +76,7 @@ class RPN(nn.Module):
         self.head = head
         self.anchors = anchors
         self.pre_nms, self.post_nms, self.post_nms_per_batch = pre_nms, post_nms, post_nms_per_batch
-        self.nms_threshold, self.min_size = nms_threshold, min_size
+        self.nms_threshold, self.min_size, self.score_threshold = nms_threshold, min_size, score_threshold
         self.foreground_iou, self.background_iou = foreground_iou, background_iou
         self.batch_size, self.positive_fraction = batch_size, positive_fraction
         self.straddle = straddle
@@ -120,7 +122,8 @@ class RPN(nn.Module):
         score, index, level = torch.cat(scores, 1), torch.cat(chosen, 1), torch.cat(levels, 1)
         least_side = 1.0 if self.plus_one else 0.0
         box, valid = decode_and_clip(deltas, anchors, index, sizes, min_size=self.min_size, least_side=least_side)
-        index, keep = nms.nms(box, score, level, valid & score.isfinite(), self.nms_threshold, post_nms)
+        valid &= score.isfinite() & ((score.sigmoid() if by_logit else score) >= self.score_threshold)
+        index, keep = nms.nms(box, score, level, valid, self.nms_threshold, post_nms)
         box = box.gather(1, index[..., None].expand(-1, -1, 4))
         score = score.gather(1, index)
         if self.training and self.post_nms_per_batch:

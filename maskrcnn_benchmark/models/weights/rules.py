@@ -53,7 +53,7 @@ def facts_of(names: Collection[str]) -> Facts:
     facts["tower_step"] = 2 + facts["normed_towers"]
     convs = [int(found[1] or int(found[2]) // facts["step"]) for found in map(_BOX_CONV.search, names) if found]
     facts["box_fc"] = max(convs, default=0) + 2  # torchvision counts the layers: after the last of those, a flattening
-    facts["c4"] = int(has(r"cls_score|fc_cls") and not facts["pyramid"])
+    facts["c4"] = int(has(r"cls_score|fc_cls") and not facts["pyramid"] and not has(r"fc6|box_head\.fc1|shared_fcs"))
     counted = has(_FIRST_NORM) and not has(_FIRST_NORM + "running_")
     facts["group_norm"] = int(has(_THEIR_GROUP_NORM) or counted)
     for name in names:
