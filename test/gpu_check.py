@@ -84,7 +84,7 @@ def stages(scratch: Path) -> list[Stage]:
     return [
         Stage("build", (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"), 240),
         Stage("environment", (sys.executable, "-c", ENVIRONMENT, scratch / "environment.json"), 30, (FACTS,)),
-        Stage("tests", (sys.executable, "-m", "pytest", "-q", "-rs", *GPU_TESTS), 150),
+        Stage("tests", (sys.executable, "-m", "pytest", "-q", "-rs", *GPU_TESTS), 120),
         Stage("parity", (sys.executable, *PARITY, scratch / "parity.json"), 90, ("parity.json",)),
         measured("ops", 150, "ops", ("--device", "cuda", *peer, "--budget", 1)),
         measured("train", 150, "train", step),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # With a CUDA device and torchvision: builds the kernels, runs the tests that need a GPU, the parity check, the benchmarks
-# beside torchvision and 50 training steps three ways, and writes all of it into one JSON; some 20 minutes on an H200.
+# beside torchvision and 50 training steps three ways, and writes all of it into one JSON; 25 minutes at most.
 #   bash test/gpu_check.sh [--out FILE]      default: docs/measurements/gpu_check_NAME_OF_THE_GPU.json
 # Exit status 0: every stage went through; 1: one failed, and the JSON says which; 2: no CUDA device.
 # shellcheck disable=SC1091
