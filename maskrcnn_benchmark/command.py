@@ -37,7 +37,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" on rank {rank}"
-        sys.stderr.write(f"error{where}: {visible(str(error))}{f' [{error.help}]' if error.help else ''}\n")
+        sys.stderr.write(f"error{where}: {visible(str(error))} [{error.help}]\n")
         _write_to_log_files(str(error))
         raise SystemExit(error.exit_code) from None
     except OSError as error:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_keypoint_head import KEYPOINTS
-from test_models import SMALL
+from test_models import SMALL, TINY
 from test_retinanet import RETINANET
 
 from maskrcnn_benchmark.benchmark import environment, flops, loading, results, runs, scoring, sides, steps, workload
@@ -266,6 +266,7 @@ def test_training_on_two_ranks(run, tiny_config, tmp_path):
     total, each, times = (np.array(case["metrics"][name]["samples"]) for name in names)
     assert total == pytest.approx(2 * each) and total == pytest.approx(4000 / times)
     assert done.stdout.count("images/s") == 1  # the main rank speaks alone
+    assert "UserWarning" not in done.stderr, done.stderr
 
 
 def test_real_data_on_two_ranks(run, tiny_config, tmp_path):
@@ -446,3 +447,11 @@ def test_loader_beside_its_peers(run, coco_mini, tmp_path):
 def test_detectors_that_are_not_measured_are_refused(overrides, words):
     with pytest.raises(UserError, match=words):
         runs.run(request_of(get_config(SMALL, [*overrides, "MODEL.MASK_ON", "False"]), "train"), get_device("cpu"))
+
+
+@pytest.mark.parametrize("overrides", [RETINANET, ["MODEL.RPN_ONLY", "True"]])
+def test_detectors_without_rois_are_measured_in_inference(overrides):
+    """RetinaNet detects something, and the proposals of an RPN alone are the fixed ones."""
+    case = measured(get_config(SMALL, [*TINY, *overrides, "MODEL.MASK_ON", "False"]), "infer", phase_steps=1)
+    assert case["metrics"]["step_ms"]["p50"] > 0 and case["metrics"]["flop"]["p50"] > 0
+    assert case["work"]["mask_head_rois"] == 0

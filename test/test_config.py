@@ -74,7 +74,10 @@ KEYPOINTS = [
         (["MODEL.KEYPOINT_ON", "True"], ["SHARE_BOX_FEATURE_EXTRACTOR", "False"]),
         ([*KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.RESOLUTION", "28"], ["RESOLUTION", "56"]),
         ([*KEYPOINTS, "TEST.KEYPOINT_SIGMAS", "(0.1,)"], ["KEYPOINT_SIGMAS", "17"]),
-        ([*KEYPOINTS, "TEST.BBOX_AUG.ENABLED", "True"], ["BBOX_AUG", "KEYPOINT_ON"]),
+        (
+            [*KEYPOINTS, "TEST.BBOX_AUG.ENABLED", "True", "TEST.BBOX_AUG.KEYPOINT_MIRROR", "(0, 2, 2)"],
+            ["KEYPOINT_MIRROR", "once"],
+        ),
         (["MODEL.RPN_ONLY", "True", "MODEL.MASK_ON", "True"], ["RPN_ONLY", "MASK_ON"]),
         (["MODEL.RETINANET_ON", "True"], ["CONV_BODY", "FPN-RETINANET"]),
         (["MODEL.BACKBONE.CONV_BODY", "R-50-FPN-RETINANET"], ["RETINANET_ON"]),

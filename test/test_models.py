@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -220,6 +221,25 @@ def test_stride_in_1x1_or_3x3(in_1x1, first, middle):
     assert (block.conv1.stride[0], block.conv2.stride[0]) == (first, middle)
 
 
+def test_a_frozen_norms_map_is_kept_until_a_buffer_changes():
+    norm, other = FrozenBatchNorm2d(2, eps=0.0), FrozenBatchNorm2d(2, eps=0.0)
+    with torch.inference_mode():
+        norm.scale_and_shift()
+    first = norm.scale_and_shift()
+    assert all(again is tensor for again, tensor in zip(norm.scale_and_shift(), first))
+    x = torch.ones(1, 2, 1, 1, requires_grad=True)
+    (norm(x) * norm(x)).sum().backward()  # what inference mode had made could not be kept for this
+    norm.running_var.fill_(4.0)
+    assert norm.scale_and_shift()[0].tolist() == [0.5, 0.5] and norm.scale_and_shift()[0] is first[0]
+    other.running_mean.fill_(3.0)
+    norm.load_state_dict(other.state_dict())
+    assert [tensor.tolist() for tensor in norm.scale_and_shift()] == [[1, 1], [-3, -3]]
+    copied = copy.deepcopy(norm)
+    copied.running_mean.zero_()
+    assert copied.scale_and_shift()[1].tolist() == [0, 0] and norm.scale_and_shift()[1].tolist() == [-3, -3]
+    assert norm.double().scale_and_shift()[1].dtype == torch.float64
+
+
 def test_frozen_norm_folds_into_the_convolution():
     torch.manual_seed(0)
     conv, norm = torch.nn.Conv2d(5, 7, 3, bias=False), FrozenBatchNorm2d(7)
@@ -333,3 +353,19 @@ def test_sync_batch_norm_over_ranks_equals_batch_norm_over_all_images():
     torch.testing.assert_close(weight, norm.weight.grad, atol=1e-4, rtol=1e-4)
     for result in results:
         torch.testing.assert_close(torch.from_numpy(result[3]), norm.running_var)
+
+
+def test_proposals_of_low_probability_are_dropped():
+    """What is left is what was there above the threshold: a better box is never suppressed by a worse one."""
+    torch.manual_seed(0)
+    model, (images, _) = model_of(SMALL, TINY).eval(), make_batch()
+    torch.nn.init.normal_(model.rpn.head.cls_logits.weight, std=0.3)
+    with torch.no_grad():
+        features, padded = model.features(images)
+        everything, _ = model.rpn(features, padded, images.sizes)
+        model.rpn.score_threshold = 0.6
+        few, _ = model.rpn(features, padded, images.sizes)
+    for image in range(len(images.sizes)):
+        wanted = everything.valid[image] & (everything.scores[image] >= 0.6)
+        assert 0 < wanted.sum() < everything.valid[image].sum()
+        assert torch.equal(few.boxes[image][few.valid[image]], everything.boxes[image][wanted])

@@ -15,6 +15,7 @@ from maskrcnn_benchmark.engine.views import detect
 from maskrcnn_benchmark.errors import CheckpointError
 from maskrcnn_benchmark.evaluation.results import detections_to_results
 from maskrcnn_benchmark.models.anchors import cell_anchors, octave_sizes
+from maskrcnn_benchmark.models.fpn import LastLevelP6P7
 from maskrcnn_benchmark.models.retinanet import clip_detections
 from maskrcnn_benchmark.models.weights import convert, load_weights
 from maskrcnn_benchmark.ops import box_coder, focal_loss, matching
@@ -27,7 +28,7 @@ RETINANET = [
     *("MODEL.RETINANET.NUM_CLASSES", "4", "MODEL.RETINANET.NUM_CONVS", "2"),
     *("MODEL.RETINANET.ANCHOR_SIZES", "(16, 32, 64, 128, 256)"),
 ]
-NORMALIZERS = ("batch", "image", "moving_average")
+NORMALIZERS = ("batch", "image", "positives", "moving_average")
 
 
 def retinanet(*overrides: str, **device_changes):
@@ -75,6 +76,7 @@ def test_losses_are_the_peers_rules(normalizer, background):
             sum(loss / max(1, int(n)) for loss, n in zip(part, positives)) / 3 / divisor
             for part, divisor in ((by_class, 1), (by_box, 4))
         ),
+        "positives": (sum(by_class) / (total + 1), sum(by_box) / (total + 1) / 4),  # one image of three has none
         "moving_average": tuple(
             sum(part) / (0.9 * 100 + 0.1 * total) / divisor for part, divisor in ((by_class, 1), (by_box, 4))
         ),
@@ -272,3 +274,11 @@ def test_images_of_another_size_than_the_levels_divide():
         features, _ = model.features(images)
         model(images)
     assert [tuple(f.shape[-2:]) for f in features] == [(12, 20), (6, 10), (3, 5), (2, 3), (1, 2)]
+
+
+def test_p7_with_and_without_a_relu_before_it():
+    top, x = LastLevelP6P7(4, 4, relu=False), torch.randn(1, 4, 8, 8)
+    p6, p7 = top(x, x)
+    assert torch.equal(p7, top.p7(p6)) and (p6 < 0).any()
+    top.relu = True
+    assert torch.equal(top(x, x)[1], top.p7(p6.relu()))

@@ -48,6 +48,14 @@ def body(name: str) -> list[str]:
     return [*TINY, *FROZEN, *NARROW, "MODEL.BACKBONE.CONV_BODY", name]
 
 
+DC5 = [  # detectron2's dilated C5
+    *(*FROZEN, *NARROW, "MODEL.BACKBONE.CONV_BODY", "R-50-C5", "MODEL.RESNETS.RES5_DILATION", "2"),
+    *("MODEL.RESNETS.BACKBONE_OUT_CHANNELS", "128", "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", "FPN2MLPFeatureExtractor"),
+    *("MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", "7", "MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM", "32"),
+    *("MODEL.MASK_ON", "True", "MODEL.ROI_MASK_HEAD.FEATURE_EXTRACTOR", "MaskRCNNFPNFeatureExtractor"),
+    *("MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR", "False", "MODEL.ROI_MASK_HEAD.RESOLUTION", "28"),
+    *("MODEL.ROI_MASK_HEAD.CONV_LAYERS", "(16, 16)", "MODEL.ROI_BOX_HEAD.NUM_CLASSES", "4"),
+]
 CASCADE = [*TINY, *FROZEN, "MODEL.CASCADE_ON", "True", "MODEL.CLS_AGNOSTIC_BBOX_REG", "True"]
 # name -> yaml, overrides
 ARCHITECTURES = {
@@ -93,16 +101,31 @@ ARCHITECTURES = {
     "cascade_masks": (SMALL, [*CASCADE, "MODEL.ROI_MASK_HEAD.PER_STAGE", "True"]),
     "aug_fpn": (SMALL, [*TINY, *FROZEN, "MODEL.AUG_FPN.RESIDUAL_AUGMENTATION", "True"]),
 }
+ARCHITECTURES["v2"] = (  # torchvision's
+    SMALL,
+    [
+        *(*body("R-50-FPN"), "MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN", "MODEL.RPN.NUM_CONVS", "2"),
+        *("MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR", "FPNXconv1fcFeatureExtractor", "MODEL.ROI_BOX_HEAD.NORM", "BN"),
+        *("MODEL.ROI_BOX_HEAD.CONV_HEAD_DIM", "32", "MODEL.ROI_BOX_HEAD.NUM_STACKED_CONVS", "3"),
+        *("MODEL.ROI_MASK_HEAD.NORM", "BN"),
+    ],
+)
+ARCHITECTURES["retinanet_v2"] = (None, [*RETINANET, *FROZEN, "MODEL.RETINANET.NORM", "GN"])
+ARCHITECTURES["dc5"] = (None, DC5)
 PLAIN = {"r18", "r50", "r101", "rpn", "retinanet"}
 # What each project has; the rest it must refuse, naming a tensor. Of two, only the backbone's names are known.
 KNOWN = {
     "maskrcnn_benchmark": set(ARCHITECTURES),
-    "torchvision": PLAIN | {"keypoint"},
-    "detectron2": PLAIN | {"keypoint", "c4", "gn", "dcn", "cascade"},
-    "mmdet": PLAIN | {"c4", "gn", "dcn", "vd", "vd_dcn", "hrnet", "cascade_masks"},
-    "detectron": PLAIN | {"keypoint", "c4", "gn"},
-    "backbone": PLAIN | {"keypoint", "c4", "gn", "vd", "hrnet", "cascade", "cascade_masks", "aug_fpn"},
-    "paddledetection": PLAIN | {"keypoint", "c4", "dcn", "vd", "vd_dcn", "gn", "cascade", "cascade_masks", "aug_fpn"},
+    "torchvision": PLAIN | {"keypoint", "v2", "retinanet_v2", "gn", "dc5"},
+    "detectron2": PLAIN | {"keypoint", "c4", "gn", "dcn", "cascade", "v2", "retinanet_v2", "dc5"},
+    "mmdet": PLAIN | {"retinanet_v2", "dc5", "c4", "gn", "dcn", "vd", "vd_dcn", "hrnet", "cascade_masks"},
+    "detectron": PLAIN | {"keypoint", "c4", "gn", "dc5"},
+    "backbone": PLAIN
+    | {"v2", "retinanet_v2", "dc5"}
+    | {"keypoint", "c4", "gn", "vd", "hrnet", "cascade", "cascade_masks", "aug_fpn"},
+    "paddledetection": PLAIN
+    | {"v2", "retinanet_v2", "dc5"}
+    | {"keypoint", "c4", "dcn", "vd", "vd_dcn", "gn", "cascade", "cascade_masks", "aug_fpn"},
 }
 SUFFIX = {"detectron": ".pkl", "paddledetection": ".pdparams"}
 CONVENTIONS = Conventions(bgr=True, norm_eps=0.0)
@@ -112,7 +135,8 @@ def random_state(architecture: str) -> dict[str, Tensor]:
     """The architecture's names and shapes, and numbers that no rule leaves as they are by chance."""
     model = model_of(*ARCHITECTURES[architecture])
     generator = torch.Generator().manual_seed(1)
-    state = {name: torch.rand(tensor.shape, generator=generator) + 0.1 for name, tensor in model.state_dict().items()}
+    named = weights.without_derived(model.state_dict())
+    state = {name: torch.rand(tensor.shape, generator=generator) + 0.1 for name, tensor in named.items()}
     if architecture == "c4":  # one module under two names
         for name in state:
             state[name] = state[name.replace("roi_heads.mask.feature_extractor", "roi_heads.box.feature_extractor")]
@@ -165,6 +189,20 @@ def test_round_trip(tmp_path, states, architecture, layout):
 
 # Names from the projects' own files and sources: (architecture, layout, ours, theirs)
 NAMES = """
+v2 torchvision backbone.fpn.fpn_inner1.1.running_var backbone.fpn.inner_blocks.0.1.running_var
+v2 torchvision rpn.head.conv.1.weight rpn.head.conv.1.0.weight
+v2 torchvision roi_heads.box.feature_extractor.xconvs.6.weight roi_heads.box_head.2.0.weight
+v2 torchvision roi_heads.box.feature_extractor.xconvs.7.bias roi_heads.box_head.2.1.bias
+v2 torchvision roi_heads.box.feature_extractor.fc6.weight roi_heads.box_head.4.weight
+v2 torchvision roi_heads.mask.feature_extractor.mask_fcn1.1.weight roi_heads.mask_head.0.1.weight
+retinanet_v2 torchvision rpn.head.cls_tower.3.weight head.classification_head.conv.1.0.weight
+retinanet_v2 torchvision rpn.head.bbox_tower.4.bias head.regression_head.conv.1.1.bias
+v2 detectron2 rpn.head.conv.1.bias proposal_generator.rpn_head.conv.conv1.bias
+retinanet_v2 detectron2 rpn.head.cls_tower.4.weight head.cls_subnet.4.weight
+dc5 detectron2 backbone.body.layer4.0.conv1.weight backbone.res5.0.conv1.weight
+dc5 detectron2 roi_heads.box.feature_extractor.fc6.weight roi_heads.box_head.fc1.weight
+dc5 detectron backbone.body.layer4.0.conv1.weight res5_0_branch2a_w
+retinanet_v2 mmdet rpn.head.bbox_tower.4.bias bbox_head.reg_convs.1.gn.bias
 r50 torchvision backbone.body.stem.bn1.running_mean backbone.body.bn1.running_mean
 r50 torchvision backbone.fpn.fpn_inner1.weight backbone.fpn.inner_blocks.0.0.weight
 r50 torchvision backbone.fpn.fpn_layer4.bias backbone.fpn.layer_blocks.3.0.bias
@@ -604,6 +642,14 @@ def test_the_command_writes_all_or_nothing(tmp_path, convert, states, yaml, sour
     with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "in.pth", tmp_path / "out.pth", *(yaml if a == "YAML" else a for a in arguments))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_mmdetection_1_is_refused_by_name(states):
+    """Its heads lie beside each other, and background comes first in them."""
+    theirs = from_ours(states["r50"], "ours", "mmdet").state
+    old = {name.removeprefix("roi_head."): tensor for name, tensor in theirs.items()}
+    with pytest.raises(CheckpointError, match=r"old\.pth is of MMDetection 1 \(its bbox_head\..*upgrade_model_version"):
+        to_ours(old, "old.pth")
 
 
 def test_the_commands_error_is_one_line(tmp_path, run):

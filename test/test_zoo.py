@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,13 +61,18 @@ def test_old_spellings(tmp_path):
         get_config(overrides=["MODEL.RPN.RPN_HEAD", "Other"])
 
 
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {}  # of each model built: recipes that infer alike are one
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_upstreams_names_and_shapes(name):
     cfg = get_config(CONFIGS / f"{name}.yaml")
-    with torch.device("meta"):
-        model = build_model(cfg, Device(torch.device("meta")))
-    ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    assert ours == state_of(cfg)
+    key = zoo.model_of(cfg)
+    if key not in SHAPES:
+        with torch.device("meta"):
+            model = build_model(cfg, Device(torch.device("meta")))
+        SHAPES[key] = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    assert SHAPES[key] == state_of(cfg)
 
 
 # One of each architecture, small: widths 1/8, and few classes
@@ -171,6 +177,19 @@ def test_times_in_the_table_are_of_this_model():
     assert ["e2e_mask_rcnn_R_50_FPN_1x", "e2e_mask_rcnn_R_50_FPN_1x_periodically_testing"] in [
         [name for name in names if name.startswith("e2e_mask_rcnn_R_50_FPN_1x")] for names in groups
     ]
+
+
+def test_a_model_that_takes_too_long_is_given_up_and_the_rest_comes_later(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(zoo, "LIMIT", 0.01)
+    assert zoo.measure(CONFIGS / "quickstart.yaml") is None
+    assert "quickstart.yaml: given up after 0.01 seconds" in capfd.readouterr().err
+    monkeypatch.setattr(zoo, "MEASURED", tmp_path / "measured.json")
+    monkeypatch.setattr(zoo, "measure", lambda file: {"ms": 1.0, "memory_mb": 2, "commit": file.stem})
+    monkeypatch.setattr(zoo, "same_models", lambda directory: [["a", "b"], ["c"]])
+    for budget, done, more in ((-1, [], "run it again"), (60, ["a", "c"], ""), (-1, [], "")):
+        monkeypatch.setattr(zoo, "BUDGET", budget)
+        assert list(zoo.measure_all(tmp_path)) == done and more in capfd.readouterr().err
+    assert json.loads(zoo.MEASURED.read_text())["c"] == {"ms": 1.0, "memory_mb": 2, "commit": "c"}
 
 
 def test_parameters_are_counted_without_the_constants_of_norms():

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
+from ..data.catalog import num_classes
 from ..data.loader import collate
 from ..data.synthetic import CATEGORIES, draw_image
 from ..data.transforms import Polygons, Sample, offsets_of
 from ..device import Device
 from ..errors import UserError
-from ..models.rcnn import RCNN
+from ..models.rcnn import RCNN, Detector
+from ..models.retinanet import RetinaNet
 from ..ops import boxes
 from ..structures import ImageBatch, Proposals, Targets
 from .cases import random_boxes
@@ -68,7 +70,7 @@ def training_workload(
 
 def inference_workload(cfg: CfgNode, device: Device, batch: int, size: tuple[int, int], first: int = 0) -> Workload:
     """`batch` images, and as many proposals as the RPN would give in test mode."""
-    classes = cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES - 1
+    classes = num_classes(cfg)[1] - 1
     samples = [draw_sample(number, size, OBJECTS, classes) for number in range(first, first + batch)]
     rpn = cfg.MODEL.RPN
     count = rpn.FPN_POST_NMS_TOP_N_TEST if rpn.USE_FPN else rpn.POST_NMS_TOP_N_TEST
@@ -132,7 +134,7 @@ def ground_truth(cfg: CfgNode, samples: list[Sample]) -> dict[str, Any]:
     ]
     return {
         "images": [{"id": sample.image_id, "height": sample.size[0], "width": sample.size[1]} for sample in samples],
-        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES)],
+        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, num_classes(cfg)[1])],
         "annotations": annotations,
     }
 
@@ -176,8 +178,10 @@ def repeat(workload: Workload) -> Iterator[tuple[ImageBatch, Targets]]:
         yield workload.images, workload.targets
 
 
-def hold_proposals(model: RCNN, proposals: Proposals) -> None:
-    """The RPN does its work, and then hands these proposals on."""
+def hold_proposals(model: Detector, proposals: Proposals) -> None:
+    """The RPN does its work, and then hands these proposals on. RetinaNet has none."""
+    if isinstance(model, RetinaNet):
+        return
     propose = model.rpn.propose
 
     def propose_and_replace(*inputs: Tensor) -> Proposals:
@@ -217,11 +221,12 @@ def count_rois(model: RCNN) -> RoICounts:
 
 
 @torch.no_grad()
-def tame(model: RCNN, images: ImageBatch) -> None:
+def tame(model: Detector, images: ImageBatch) -> None:
     """Fresh weights detect nothing. Widens the class logits (of each stage of a cascade), so that every image has more
-    boxes above the score threshold than detections are kept."""
-    predictors = model.roi_heads["box"].predictor.named_modules()
-    layers = [module for name, module in predictors if name.endswith("cls_score")]
+    boxes above the score threshold than detections are kept. An RPN alone has no threshold."""
+    layers = [module for name, module in model.named_modules() if name.endswith("cls_score")]
+    if isinstance(model, RetinaNet):
+        layers = [model.rpn["head"].cls_logits]  # seen first on its finest level
     seen: list[Tensor] = []
     handles = [layer.register_forward_hook(lambda *call: seen.append(call[2].std())) for layer in layers]
     model.eval()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from yacs.config import CfgNode
 
 from ..config import flat, get_config
 from ..device import Device
@@ -24,6 +27,13 @@ BEGIN, END = "<!-- table: python tools/zoo.py -->", "<!-- end of the table -->"
 ROOT = Path(__file__).resolve().parents[2]
 # Times of a machine: {recipe: {"ms", "memory_mb", "commit"}}, by `python tools/zoo.py --measure`
 MEASURED = ROOT / "docs" / "measurements" / "zoo_cpu_amd_epyc_2_cores.json"
+# Keys of MODEL that change nothing in inference
+TRAINING = re.compile(
+    r"MODEL\.(WEIGHT|BACKBONE\.FREEZE_CONV_BODY_AT|.*("
+    r"_TRAIN|_PER_IMAGE|_FRACTION|_IOU_THRESHOLD|LOSS.*|BETA|STRADDLE_THRESH|PER_BATCH|PRIOR_PROB|POSITIVES))$"
+)
+# Seconds after which a model's measurement is given up, and after which no further one begins
+LIMIT, BUDGET = 90, 13 * 60
 # Directories of configs/ that hold no models of their own
 PARTS = {"_base_", "benchmark", "conventions"}
 
@@ -77,14 +87,20 @@ def size_of(file: Path) -> tuple[int, float]:
     return sum(p.numel() for p in model.parameters()), inference_flops(cfg, SIZE).of(1, DETECTIONS)
 
 
-def measure(file: Path) -> dict[str, Any] | None:
-    """Median milliseconds and peak MB of inference on one image of 800 x 1333 in float32, in a process of its own, with
-    the benchmark's fixed proposals; None for models that it does not measure, whose reason it prints."""
+def measure(file: Path, size: str = "800x1333") -> dict[str, Any] | None:
+    """Milliseconds (of two steps) and peak MB of inference on one image of `size` in float32, in a process of its own,
+    with the benchmark's fixed proposals; None for a model that takes longer than LIMIT or fails, which says why itself.
+    """
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "result.json"
-        options = ["--config-file", file, "--size", "800x1333", "--batch", "1", "--steps", "3", "--warmup", "1"]
+        options = ["--config-file", file, "--size", size, "--batch", "1", "--steps", "2", "--warmup", "1"]
         command = [sys.executable, ROOT / "tools" / "benchmark.py", "infer", *options, "--phase-steps", "1"]
-        if subprocess.run([*command, "--out", out], stdout=subprocess.DEVNULL).returncode:
+        try:
+            done = subprocess.run([*command, "--out", out], stdout=subprocess.DEVNULL, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            print(f"{file}: given up after {LIMIT} seconds", file=sys.stderr)
+            return None
+        if done.returncode:
             return None
         result = json.loads(out.read_text())
     metrics = result["cases"][0]["metrics"]
@@ -107,13 +123,16 @@ def row(name: str, size: tuple[int, float], measured: dict[str, Any] | None) -> 
     return f"| {' | '.join((*cells, *numbers))} |"
 
 
+def model_of(cfg: CfgNode) -> str:
+    """What of a configuration makes the model, as it infers."""
+    return repr([(k, v) for k, v in flat(cfg).items() if k.startswith("MODEL.") and not TRAINING.match(k)])
+
+
 def same_models(directory: Path) -> list[list[str]]:
-    """Recipes that differ in data, schedule or weights alone, together."""
+    """Recipes that differ in data, schedule, losses or weights alone, together: they infer alike."""
     groups: dict[str, list[str]] = {}
     for name in recipes(directory):
-        values = flat(get_config(directory / f"{name}.yaml"))
-        model = [(k, v) for k, v in values.items() if k.startswith("MODEL.") and k != "MODEL.WEIGHT"]
-        groups.setdefault(repr(model), []).append(name)
+        groups.setdefault(model_of(get_config(directory / f"{name}.yaml")), []).append(name)
     return list(groups.values())
 
 
@@ -128,10 +147,16 @@ def rows(directory: Path) -> list[str]:
 
 
 def measure_all(directory: Path) -> Iterator[str]:
-    """Measures what MEASURED does not hold yet, writing it after each model; the names as they are done."""
-    measured = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}
+    """Measures what MEASURED does not hold yet, writing it after each model; the names as they are done. After BUDGET
+    seconds it stops; called again it goes on."""
+    measured, started = json.loads(MEASURED.read_text()) if MEASURED.exists() else {}, time.monotonic()
     for names in same_models(directory):
-        if names[0] not in measured and (result := measure(directory / f"{names[0]}.yaml")):
+        if names[0] in measured:
+            continue
+        if time.monotonic() - started > BUDGET:
+            print("not done yet: run it again", file=sys.stderr)
+            return
+        if result := measure(directory / f"{names[0]}.yaml"):
             measured[names[0]] = result
             MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
             yield names[0]

@@ -7,17 +7,21 @@ from yacs.config import CfgNode
 from ..errors import ConfigError
 from .conv_body import parse
 
+NORMS = ("FrozenBN", "BN", "SyncBN", "GN")
+BOX_LOSSES = ("SmoothL1Loss", "GIoULoss", "DIoULoss", "CIoULoss")
 CHOICES = {
     "DTYPE": ("float32", "float16", "bfloat16"),
     "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
-    "MODEL.RESNETS.NORM": ("FrozenBN", "BN", "SyncBN", "GN"),
+    "MODEL.RESNETS.NORM": NORMS,
+    **{f"MODEL.{part}.NORM": ("", *NORMS) for part in ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "RETINANET")},
     "MODEL.RPN.ANCHOR_ROUNDING": ("none", "corners", "stride"),
     "MODEL.RPN.ANCHOR_GRID": ("grid", "image"),
     "MODEL.RPN.LOSS_NORMALIZER": ("sampled", "batch"),
     "MODEL.RPN.CLS_LOSS": ("SigmoidCrossEntropy", "SigmoidFocalLoss"),
     "MODEL.ROI_HEADS.BBOX_ASSIGNER": ("BBoxAssigner", "LibraBBoxAssigner"),
     "MODEL.ROI_HEADS.NMS_TYPE": ("MultiClassNMS", "MultiClassSoftNMS", "MultiClassCiouNMS"),
-    "MODEL.ROI_BOX_HEAD.BBOX_LOSS": ("SmoothL1Loss", "GIoULoss", "DIoULoss", "CIoULoss"),
+    "MODEL.ROI_BOX_HEAD.BBOX_LOSS": BOX_LOSSES,
+    "MODEL.RETINANET.BBOX_LOSS": BOX_LOSSES,
     "MODEL.ROI_BOX_CASCADE_HEAD.SCORE_AVERAGE": ("probabilities", "logits"),
     "MODEL.RPN.RANK_BY": ("logit", "probability"),
     "MODEL.ROI_BOX_HEAD.FEATURE_EXTRACTOR": (
@@ -31,7 +35,7 @@ CHOICES = {
     "MODEL.ROI_KEYPOINT_HEAD.FEATURE_EXTRACTOR": ("KeypointRCNNFeatureExtractor",),
     "MODEL.ROI_KEYPOINT_HEAD.PREDICTOR": ("KeypointRCNNPredictor",),
     "MODEL.ROI_KEYPOINT_HEAD.POSITIVES": ("object", "proposal", "all"),
-    "MODEL.RETINANET.LOSS_NORMALIZER": ("batch", "image", "moving_average"),
+    "MODEL.RETINANET.LOSS_NORMALIZER": ("batch", "image", "positives", "moving_average"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.RESIZE_ROUNDING": ("nearest", "down"),
     "INPUT.RESIZE_BY": ("opencv", "pillow"),
@@ -51,11 +55,13 @@ POSITIVE = (
     "TEST.IMS_PER_BATCH",
     "LOGGING.PERIOD",
     "DISTRIBUTED.TIMEOUT",
+    "DISTRIBUTED.BUCKET_MB",
     "INPUT.MAX_SIZE_TRAIN",
     "INPUT.MIN_SIZE_TEST",
     "INPUT.MAX_SIZE_TEST",
     "TEST.BBOX_AUG.MAX_SIZE",
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
+    "MODEL.RPN.NUM_CONVS",
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
     "MODEL.ROI_HEADS.DETECTIONS_PER_IMG",
     "MODEL.RETINANET.SCALES_PER_OCTAVE",
@@ -119,6 +125,7 @@ LISTS = {
     "MODEL.RESNETS.STAGE_WITH_DCN": (bool, 4, False),
     "SOLVER.STEPS": (int, 0, False),
     "TEST.BBOX_AUG.SCALES": (int, 0, True),
+    "TEST.BBOX_AUG.KEYPOINT_MIRROR": (int, 0, False),
     "TEST.METRICS": (str, 0, False),
     "TEST.KEYPOINT_SIGMAS": (NUMBER, 0, True),
     "TEST.EXPECTED_RESULTS": ((tuple, list), 0, False),
@@ -321,9 +328,11 @@ def _check_keypoint_head(cfg: CfgNode, scales: tuple[float, ...]) -> None:
         f"TEST.KEYPOINT_SIGMAS has {len(cfg.TEST.KEYPOINT_SIGMAS)} numbers for {head.NUM_CLASSES} keypoints "
         f"({key}.NUM_CLASSES)",
     )
+    mirror = tuple(cfg.TEST.BBOX_AUG.KEYPOINT_MIRROR)
     _require(
-        not cfg.TEST.BBOX_AUG.ENABLED,
-        "TEST.BBOX_AUG.ENABLED and MODEL.KEYPOINT_ON are both True; keypoints of several views are not put together",
+        not cfg.TEST.BBOX_AUG.ENABLED or sorted(mirror) == list(range(head.NUM_CLASSES)),
+        f"TEST.BBOX_AUG.KEYPOINT_MIRROR is {mirror}; with {head.NUM_CLASSES} keypoints ({key}.NUM_CLASSES) it needs "
+        f"each of 0 to {head.NUM_CLASSES - 1} once",
     )
 
 
@@ -378,6 +387,11 @@ def _check_options(cfg: CfgNode) -> None:
         )
     alpha, gamma = cfg.MODEL.RPN.FOCAL_LOSS_ALPHA, cfg.MODEL.RPN.FOCAL_LOSS_GAMMA
     _require(0 <= alpha <= 1 and gamma >= 0, f"MODEL.RPN.FOCAL_LOSS_ALPHA {alpha} must be 0..1, GAMMA {gamma} >= 0")
+    for name in ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        _require(
+            not (cfg.MODEL[name].USE_GN and cfg.MODEL[name].NORM not in ("", "GN")),
+            f"MODEL.{name}.USE_GN is True, but MODEL.{name}.NORM is {cfg.MODEL[name].NORM}: set one of them",
+        )
     sigma = cfg.MODEL.ROI_HEADS.SOFT_NMS_SIGMA
     _require(sigma > 0, f"MODEL.ROI_HEADS.SOFT_NMS_SIGMA is {sigma}; it must be above 0")
 
@@ -396,6 +410,11 @@ def _check_solver(cfg: CfgNode) -> None:
     _require(
         solver.IMS_PER_BATCH % solver.ACCUMULATE_STEPS == 0,
         f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not divisible by ACCUMULATE_STEPS {solver.ACCUMULATE_STEPS}",
+    )
+    _require(
+        not (solver.GRAPH_CAPTURE and solver.OPTIMIZER == "ApexFusedSGD"),
+        "SOLVER.GRAPH_CAPTURE is True, but ApexFusedSGD takes its learning rate from the host, and a graph would keep"
+        " it; use SGD: torch's own is fused",
     )
     evaluated = (solver.EVAL_PERIOD or solver.SAVE_EPOCHS or cfg.PER_EPOCH_EVAL) and cfg.DATASETS.TEST
     _require(

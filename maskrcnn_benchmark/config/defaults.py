@@ -85,6 +85,8 @@ _C.MODEL.RESNETS.STEM_OUT_CHANNELS = 64
 _C.MODEL.FPN = CN()
 # Group norm after each FPN convolution
 _C.MODEL.FPN.USE_GN = False
+# (+) Another norm there: FrozenBN, BN, SyncBN, GN or none
+_C.MODEL.FPN.NORM = ""
 # ReLU after each FPN convolution
 _C.MODEL.FPN.USE_RELU = False
 
@@ -119,8 +121,14 @@ _C.MODEL.RETINANET.WHOLE_ANCHOR_SIZES = False
 _C.MODEL.RETINANET.STRADDLE_THRESH = -1
 # P6 is made of C5 (the paper) or of P5
 _C.MODEL.RETINANET.USE_C5 = True
+# (+) A ReLU between P6 and P7's convolution (the paper) or none (MMDetection)
+_C.MODEL.RETINANET.P7_RELU = True
 # 3x3 convolutions of each tower, before the last
 _C.MODEL.RETINANET.NUM_CONVS = 4
+# (+) Norm after each of them: FrozenBN, BN, SyncBN, GN or none
+_C.MODEL.RETINANET.NORM = ""
+# (+) SmoothL1Loss, GIoULoss, DIoULoss or CIoULoss
+_C.MODEL.RETINANET.BBOX_LOSS = "SmoothL1Loss"
 # (+) Weights of dx, dy, dw, dh in the box coder; detectron2 and torchvision: 1
 _C.MODEL.RETINANET.BOX_CODER_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 # The box loss is divided by this, besides its normalizer
@@ -133,7 +141,7 @@ _C.MODEL.RETINANET.BG_IOU_THRESHOLD = 0.4
 _C.MODEL.RETINANET.LOSS_ALPHA = 0.25
 _C.MODEL.RETINANET.LOSS_GAMMA = 2.0
 # (+) What divides the losses. batch: positives + images, the box loss positives. image: each image's positives
-# (torchvision). moving_average: of the positives over steps (detectron2)
+# (torchvision). positives: all images' (MMDetection). moving_average: of the positives over steps (detectron2)
 _C.MODEL.RETINANET.LOSS_NORMALIZER = "batch"
 # Probability of each class before training
 _C.MODEL.RETINANET.PRIOR_PROB = 0.01
@@ -181,6 +189,8 @@ _C.MODEL.RPN.POST_NMS_TOP_N_TEST = 1000
 _C.MODEL.RPN.NMS_THRESH = 0.7
 # Proposals whose width or height is not above this are dropped
 _C.MODEL.RPN.MIN_SIZE = 0.0
+# (+) Proposals of a lower probability are dropped
+_C.MODEL.RPN.SCORE_THRESH = 0.0
 # With FPN: proposals kept over all levels
 _C.MODEL.RPN.FPN_POST_NMS_TOP_N_TRAIN = 2000
 _C.MODEL.RPN.FPN_POST_NMS_TOP_N_TEST = 2000
@@ -197,8 +207,10 @@ _C.MODEL.RPN.FOCAL_LOSS_GAMMA = 2.0
 # (+) The best anchors are chosen by their logit or, as upstream does, by their probability, in which float32 makes
 # large logits equal
 _C.MODEL.RPN.RANK_BY = "logit"
-# (+) Channels of the RPN's 3x3 convolution; 0 for as many as it reads
+# (+) Channels of the RPN's 3x3 convolutions; 0 for as many as it reads
 _C.MODEL.RPN.CONV_DIM = 0
+# (+) How many of them there are
+_C.MODEL.RPN.NUM_CONVS = 1
 
 _C.MODEL.ROI_HEADS = CN()
 _C.MODEL.ROI_HEADS.USE_FPN = False
@@ -241,6 +253,8 @@ _C.MODEL.ROI_BOX_HEAD.NUM_STACKED_CONVS = 4
 _C.MODEL.ROI_BOX_HEAD.DILATION = 1
 # Group norm after the head's convolutions, or after its fully connected layers where it has no convolutions
 _C.MODEL.ROI_BOX_HEAD.USE_GN = False
+# (+) as for FPN
+_C.MODEL.ROI_BOX_HEAD.NORM = ""
 # (+) Smooth L1's bend in the box loss; 0 is L1
 _C.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1.0
 # (+) SmoothL1Loss, GIoULoss, DIoULoss or CIoULoss, and its weight: PaddleX and MMDetection weigh the latter three by 10
@@ -281,6 +295,8 @@ _C.MODEL.ROI_MASK_HEAD.RESOLUTION = 14
 # C4: the mask head reads the box head's features
 _C.MODEL.ROI_MASK_HEAD.SHARE_BOX_FEATURE_EXTRACTOR = True
 _C.MODEL.ROI_MASK_HEAD.USE_GN = False
+# (+) as for FPN
+_C.MODEL.ROI_MASK_HEAD.NORM = ""
 # (+) With CASCADE_ON: a mask head a stage, whose masks are averaged (MMDetection), or one, of the first stage's RoIs
 _C.MODEL.ROI_MASK_HEAD.PER_STAGE = False
 # Upstream's switch to paste masks in the model; results are always in image pixels here, so only the default is taken
@@ -395,6 +411,9 @@ _C.SOLVER.CLIP_GRADIENTS_NORM = 0.0
 # (+) So many steps with a NaN or infinite gradient are left out, on all ranks alike, before one ends the run. float16's
 # scaler leaves out steps of its own, which do not count
 _C.SOLVER.SKIP_NONFINITE_STEPS = 0
+# (+) Record a training step as a graph of the device and replay it, a graph for each shape of a batch
+# (INPUT.FIXED_SHAPES keeps them few). Devices without graphs run eagerly and say so. One rank; docs/performance.md
+_C.SOLVER.GRAPH_CAPTURE = False
 # Iterations from one checkpoint to the next
 _C.SOLVER.CHECKPOINT_PERIOD = 2500
 # (+) Numbered checkpoints of this run kept on disk besides final and best; 0 keeps all
@@ -410,6 +429,9 @@ _C.DISTRIBUTED = CN()
 # (+) Seconds without progress after which a run of several ranks ends with the name of the rank that the others wait
 # for; they also wait while the main rank scores a large test set
 _C.DISTRIBUTED.TIMEOUT = 3600
+# (+) MB (2^20 bytes) of gradients that ranks average at a time, while the backward pass goes on. Torch's own choice: 1,
+# 5 and 100 were as fast on two ranks (docs/scaling.md)
+_C.DISTRIBUTED.BUCKET_MB = 25
 
 _C.MLPERF = CN()
 # Training stops at the first evaluation that reaches both; 0, 0: never
@@ -440,7 +462,7 @@ _C.TEST.OVERLAP = "auto"
 _C.TEST.EXPECTED_RESULTS = []
 _C.TEST.EXPECTED_RESULTS_SIGMA_TOL = 4.0
 
-# Test-time augmentation: boxes of all views through one NMS; masks are the mean over the views
+# Test-time augmentation: boxes of all views through one NMS; masks, and keypoints' heat maps, are their mean
 _C.TEST.BBOX_AUG = CN()
 _C.TEST.BBOX_AUG.ENABLED = False
 # A mirrored view at INPUT.MIN_SIZE_TEST
@@ -450,6 +472,8 @@ _C.TEST.BBOX_AUG.SCALES = ()
 _C.TEST.BBOX_AUG.MAX_SIZE = 4000
 # Mirrored views at the further short sides too
 _C.TEST.BBOX_AUG.SCALE_H_FLIP = False
+# (+) The keypoint that each of 0, 1, ... becomes in a mirrored view; these are COCO's 17 of a person
+_C.TEST.BBOX_AUG.KEYPOINT_MIRROR = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
 
 _C.LOGGING = CN()
 # (+) Iterations from one log line to the next; the only place where a step waits for the device

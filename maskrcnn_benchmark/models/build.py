@@ -59,10 +59,11 @@ def build_retinanet(cfg: CfgNode, device: Device) -> RetinaNet:
         sizes, keys.ASPECT_RATIOS, keys.ANCHOR_STRIDES, rpn.ANCHOR_ROUNDING, rpn.ANCHOR_GRID, rpn.ANCHOR_OFFSET
     )
     classes = keys.NUM_CLASSES if keys.BACKGROUND_CHANNEL else keys.NUM_CLASSES - 1
+    layers = (channels, anchors.per_position, classes, keys.NUM_CONVS, keys.PRIOR_PROB, head_norm(cfg, keys))
     return RetinaNet(
         normalize=build_normalize(cfg),
         backbone=backbone,
-        head=RetinaNetHead(channels, anchors.per_position, classes, keys.NUM_CONVS, keys.PRIOR_PROB),
+        head=RetinaNetHead(*layers),
         anchors=anchors,
         background_channel=keys.BACKGROUND_CHANNEL,
         coder_weights=tuple(keys.BOX_CODER_WEIGHTS),
@@ -73,6 +74,7 @@ def build_retinanet(cfg: CfgNode, device: Device) -> RetinaNet:
         gamma=keys.LOSS_GAMMA,
         loss_normalizer=keys.LOSS_NORMALIZER,
         box_loss_divisor=keys.BBOX_REG_WEIGHT,
+        box_loss=keys.BBOX_LOSS,
         smooth_l1_beta=keys.BBOX_REG_BETA,
         pre_nms=keys.PRE_NMS_TOP_N,
         score_threshold=keys.INFERENCE_TH,
@@ -96,6 +98,12 @@ def build_norm(cfg: CfgNode, name: str) -> Norm:
         "SyncBN": SyncBatchNorm2d,
         "GN": group_norm(group.NUM_GROUPS, group.DIM_PER_GP, group.EPSILON),
     }[name]
+
+
+def head_norm(cfg: CfgNode, part: CfgNode) -> Norm | None:
+    """After the convolutions of `part` of cfg.MODEL; None for no norm."""
+    name = "GN" if part.get("USE_GN") else part.NORM
+    return build_norm(cfg, name) if name else None
 
 
 def stage_options(cfg: CfgNode) -> dict:
@@ -138,11 +146,13 @@ def build_body(cfg: CfgNode) -> nn.Module:
 def build_neck(cfg: CfgNode, in_channels: list[int]) -> nn.Module:
     """The pyramid on a body whose maps have `in_channels`."""
     channels, form = cfg.MODEL.RESNETS.BACKBONE_OUT_CHANNELS, parse(cfg.MODEL.BACKBONE.CONV_BODY)
-    norm = build_norm(cfg, "GN") if cfg.MODEL.FPN.USE_GN else None
+    norm = head_norm(cfg, cfg.MODEL.FPN)
     if form.width:
         return HRFPN(in_channels, channels, norm, cfg.MODEL.FPN.USE_RELU)
     aug, retinanet = cfg.MODEL.AUG_FPN, form.neck == "FPN-RETINANET"
-    top = LastLevelP6P7(in_channels[-1], channels, cfg.MODEL.RETINANET.USE_C5) if retinanet else LastLevelMaxPool()
+    top, keys = LastLevelMaxPool(), cfg.MODEL.RETINANET
+    if retinanet:
+        top = LastLevelP6P7(in_channels[-1], channels, keys.USE_C5, keys.P7_RELU)
     options = {"norm": norm, "relu": cfg.MODEL.FPN.USE_RELU, "first_level": 2 if retinanet else 1, "top_blocks": top}
     if not (aug.RESIDUAL_AUGMENTATION or aug.CONSISTENT_SUPERVISION):
         return FPN(in_channels, channels, **options)
@@ -172,13 +182,14 @@ def build_rpn(cfg: CfgNode, channels: int) -> RPN:
     )
     post = "FPN_POST_NMS_TOP_N" if rpn.USE_FPN else "POST_NMS_TOP_N"
     return RPN(
-        head=RPNHead(channels, anchors.per_position, rpn.CONV_DIM),
+        head=RPNHead(channels, anchors.per_position, rpn.CONV_DIM, rpn.NUM_CONVS),
         anchors=anchors,
         pre_nms=(rpn.PRE_NMS_TOP_N_TRAIN, rpn.PRE_NMS_TOP_N_TEST),
         post_nms=(rpn[f"{post}_TRAIN"], rpn[f"{post}_TEST"]),
         post_nms_per_batch=rpn.USE_FPN and rpn.FPN_POST_NMS_PER_BATCH,
         nms_threshold=rpn.NMS_THRESH,
         min_size=rpn.MIN_SIZE,
+        score_threshold=rpn.SCORE_THRESH,
         foreground_iou=rpn.FG_IOU_THRESHOLD,
         background_iou=rpn.BG_IOU_THRESHOLD,
         batch_size=rpn.BATCH_SIZE_PER_IMAGE,
@@ -209,7 +220,7 @@ def build_box_extractor(cfg: CfgNode, channels: int) -> nn.Module:
         return Conv5FeatureExtractor(
             depth, channels, build_norm(cfg, resnets.NORM), dilation=resnets.RES5_DILATION, **options
         )
-    norm = build_norm(cfg, "GN") if box.USE_GN else None
+    norm = head_norm(cfg, box)
     if box.FEATURE_EXTRACTOR == "FPNXconv1fcFeatureExtractor":
         convolutions = (box.CONV_HEAD_DIM,) * box.NUM_STACKED_CONVS
         return ConvFCFeatureExtractor(
@@ -277,8 +288,7 @@ def build_one_mask_head(cfg: CfgNode, channels: int, box_head: BoxHead, compact:
     if mask.SHARE_BOX_FEATURE_EXTRACTOR:
         extractor = box_head.feature_extractor
     else:
-        norm = build_norm(cfg, "GN") if mask.USE_GN else None
-        extractor = ConvFeatureExtractor(channels, tuple(mask.CONV_LAYERS), norm, mask.DILATION)
+        extractor = ConvFeatureExtractor(channels, tuple(mask.CONV_LAYERS), head_norm(cfg, mask), mask.DILATION)
     return MaskHead(
         pool=build_pool(cfg, mask, channels),
         feature_extractor=extractor,
@@ -298,6 +308,7 @@ def build_keypoint_head(cfg: CfgNode, channels: int, compact: bool) -> KeypointH
         pool=build_pool(cfg, keypoint, channels),
         feature_extractor=extractor,
         predictor=KeypointPredictor(extractor.out_channels, keypoint.NUM_CLASSES),
+        mirror=tuple(cfg.TEST.BBOX_AUG.KEYPOINT_MIRROR),
         positives=keypoint.POSITIVES,
         positives_per_image=int(heads.BATCH_SIZE_PER_IMAGE * heads.POSITIVE_FRACTION),
         plus_one=cfg.MODEL.LEGACY_PLUS_ONE,

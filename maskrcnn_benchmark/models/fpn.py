@@ -18,11 +18,11 @@ class LastLevelMaxPool(nn.Module):
 
 class LastLevelP6P7(nn.Module):
     """P6 and P7 for RetinaNet, strides 64 and 128, by 3x3 convolutions of stride 2 (Lin et al. 2017, focal loss,
-    section 4). P6 is made of C5 where `use_c5`, which has `in_channels`, else of P5."""
+    section 4). P6 is made of C5 where `use_c5`, which has `in_channels`, else of P5. relu: between the two."""
 
-    def __init__(self, in_channels: int, out_channels: int, use_c5: bool = True) -> None:
+    def __init__(self, in_channels: int, out_channels: int, use_c5: bool = True, relu: bool = True) -> None:
         super().__init__()
-        self.use_c5 = use_c5
+        self.use_c5, self.relu = use_c5, relu
         self.p6 = nn.Conv2d(in_channels if use_c5 else out_channels, out_channels, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
         for layer in (self.p6, self.p7):
@@ -31,7 +31,7 @@ class LastLevelP6P7(nn.Module):
 
     def forward(self, c5: Tensor, p5: Tensor) -> list[Tensor]:
         p6 = self.p6(c5 if self.use_c5 else p5)
-        return [p6, self.p7(F.relu(p6))]
+        return [p6, self.p7(F.relu(p6) if self.relu else p6)]
 
 
 class FPN(nn.Module):

@@ -34,6 +34,7 @@ class KeypointHead(nn.Module):
         (maskrcnn-benchmark); "proposal": those with one of its visible points in the proposal (detectron2); "all"
         (torchvision). The mean is over the visible points in the proposals, so "proposal" and "all" are the same loss.
     plus_one: maskrcnn-benchmark's arithmetic: heat maps reach from a box's first pixel to its last one.
+    mirror: [K] the keypoint that each becomes in a mirrored image; needed for mirrored views alone.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class KeypointHead(nn.Module):
         positives_per_image: int = 128,
         plus_one: bool = False,
         compact: bool = False,
+        mirror: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.pool = pool
@@ -54,6 +56,7 @@ class KeypointHead(nn.Module):
         self.positives_per_image = positives_per_image
         self.plus_one = plus_one
         self.compact = compact
+        self.mirror = mirror
 
     def forward(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
         """boxes [R, 4] -> logits [R, K, M, M]."""
@@ -81,9 +84,17 @@ class KeypointHead(nn.Module):
 
     def detect(self, features: list[Tensor], detections: Detections) -> Detections:
         """`detections` with keypoints."""
+        return self.place(detections, self.heat_maps(features, detections))
+
+    def heat_maps(self, features: list[Tensor], detections: Detections) -> Tensor:
+        """[R, K, M, M] float32 logits of the detections that flatten_valid keeps."""
         fields = (detections.boxes, image_index_of(detections.valid))
-        rows, _, (box, image) = flatten_valid(detections.valid, fields, self.compact)
-        logits = self(features, box, image).float()
+        _, _, (box, image) = flatten_valid(detections.valid, fields, self.compact)
+        return self(features, box, image).float()
+
+    def place(self, detections: Detections, logits: Tensor) -> Detections:
+        """`detections` with the keypoints that their heat maps show."""
+        rows, _, (box,) = flatten_valid(detections.valid, (detections.boxes,), self.compact)
         points, peak = find_peaks(logits, self._extent(box))
         # Not by logsumexp, which asks how many rows there are: a graph that is exported cannot know.
         score = (logits.flatten(2) - peak[..., None]).exp().sum(-1).reciprocal()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ..ops.focal_loss import sigmoid_focal_loss
 from ..structures import Detections, ImageBatch, Targets
 from .anchors import AnchorGenerator
 from .box_head import take
-from .layers import Conv2d, normal_layer
+from .layers import Conv2d, Norm, conv, normal_layer
 from .losses import box_loss
 from .rcnn import Detector, Normalize
 from .rpn import inside
@@ -23,24 +24,31 @@ class RetinaNetHead(nn.Module):
     """Two towers of 3x3 convolutions, for classes and for boxes, the same on every level (section 4).
 
     classes: channels an anchor. prior: the probability that an anchor is an object of a class, before training.
+    norm: after each of a tower's `convolutions`.
     """
 
     def __init__(
-        self, in_channels: int, anchors_per_position: int, classes: int, convolutions: int = 4, prior: float = 0.01
+        self,
+        in_channels: int,
+        anchors_per_position: int,
+        classes: int,
+        convolutions: int = 4,
+        prior: float = 0.01,
+        norm: Norm | None = None,
     ) -> None:
         super().__init__()
-        self.cls_tower = self._tower(in_channels, convolutions)
-        self.bbox_tower = self._tower(in_channels, convolutions)
+        self.cls_tower = self._tower(in_channels, convolutions, norm)
+        self.bbox_tower = self._tower(in_channels, convolutions, norm)
         self.cls_logits = normal_layer(Conv2d(in_channels, anchors_per_position * classes, 3, padding=1), 0.01)
         self.bbox_pred = normal_layer(Conv2d(in_channels, anchors_per_position * 4, 3, padding=1), 0.01)
         nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior) / prior))
 
     @staticmethod
-    def _tower(channels: int, convolutions: int) -> nn.Sequential:
-        layers: list[nn.Module] = []
+    def _tower(channels: int, convolutions: int, norm: Norm | None) -> nn.Sequential:
+        tower, init = nn.Sequential(), partial(nn.init.normal_, std=0.01)
         for _ in range(convolutions):
-            layers += [normal_layer(Conv2d(channels, channels, 3, padding=1), 0.01), nn.ReLU(inplace=True)]
-        return nn.Sequential(*layers)
+            tower.extend(conv(channels, channels, 3, norm, True, init))
+        return tower
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps [B, C, H, W] -> logits [B, A * classes, H, W] and box deltas [B, A * 4, H, W], a level each."""
@@ -57,9 +65,10 @@ class RetinaNet(Detector):
     straddle: anchors further outside the image than this are left out of the losses; negative: none.
     loss_normalizer: what the sums over anchors are divided by. "batch": the class loss by positives + images, the box
         loss by positives (maskrcnn-benchmark). "image": each image's by its positives, then the mean over images
-        (torchvision). "moving_average": both by the positives' moving average over steps (detectron2).
+        (torchvision). "positives": both by all images' positives, each image's counted as one at least (MMDetection).
+        "moving_average": both by the positives' moving average over steps (detectron2).
     box_loss_divisor: divides the box loss once more.
-    smooth_l1_beta: where the box loss bends; 0 is L1.
+    box_loss: losses.box_loss's kind. smooth_l1_beta: where it bends; 0 is L1.
     pre_nms: the best pairs of anchor and class that each level hands on to NMS.
     plus_one: maskrcnn-benchmark's arithmetic: a box keeps one pixel of the image, and `straddle` counts from an
         anchor's last pixel.
@@ -83,6 +92,7 @@ class RetinaNet(Detector):
         gamma: float = 2.0,
         loss_normalizer: str = "batch",
         box_loss_divisor: float = 4.0,
+        box_loss: str = "SmoothL1Loss",
         smooth_l1_beta: float = 0.11,
         pre_nms: int = 1000,
         score_threshold: float = 0.05,
@@ -101,7 +111,7 @@ class RetinaNet(Detector):
         self.foreground_iou, self.background_iou, self.straddle = foreground_iou, background_iou, straddle
         self.alpha, self.gamma = alpha, gamma
         self.loss_normalizer, self.box_loss_divisor = loss_normalizer, box_loss_divisor
-        self.smooth_l1_beta = smooth_l1_beta
+        self.box_loss, self.smooth_l1_beta = box_loss, smooth_l1_beta
         self.pre_nms, self.score_threshold, self.nms_threshold = pre_nms, score_threshold, nms_threshold
         self.clip_before_nms, self.detections_per_image = clip_before_nms, detections_per_image
         self.plus_one = plus_one
@@ -146,7 +156,7 @@ class RetinaNet(Detector):
         parts = zip(logits, classes.split([len(level) for level in levels], 1))
         classification = sum(self._focal(logit, wanted_class) for logit, wanted_class in parts)
         coder, beta = self.coder_weights, self.smooth_l1_beta
-        regression = box_loss("SmoothL1Loss", torch.cat(deltas, 1), anchors, wanted, coder, beta)
+        regression = box_loss(self.box_loss, torch.cat(deltas, 1), anchors, wanted, coder, beta)
         regression = (regression * positive).sum(1) / self.box_loss_divisor
         by_class, by_box = self._normalizers(positive.sum(1))
         return {
@@ -166,6 +176,9 @@ class RetinaNet(Detector):
         if self.loss_normalizer == "image":
             each = positives.clamp(min=1) * images
             return each, each
+        if self.loss_normalizer == "positives":
+            total = positives.clamp(min=1).sum()
+            return total, total
         total = positives.sum()
         if self.loss_normalizer == "batch":
             # At least 1 after the divisor, which the box loss has got already.

@@ -15,25 +15,33 @@ from .sampling import sample
 
 
 class RPNHead(nn.Module):
-    """A 3x3 convolution and two 1x1s, the same on every level."""
+    """A 3x3 convolution (or several, `convolutions`) and two 1x1s, the same on every level."""
 
-    def __init__(self, in_channels: int, anchors_per_position: int, conv_channels: int = 0) -> None:
+    def __init__(
+        self, in_channels: int, anchors_per_position: int, conv_channels: int = 0, convolutions: int = 1
+    ) -> None:
         super().__init__()
         channels = conv_channels or in_channels
-        self.conv = normal_layer(Conv2d(in_channels, channels, 3, padding=1), 0.01)
+        layers = [
+            normal_layer(Conv2d(channels if number else in_channels, channels, 3, padding=1), 0.01)
+            for number in range(convolutions)
+        ]
+        self.conv = layers[0] if convolutions == 1 else nn.ModuleList(layers)  # one is named as in maskrcnn-benchmark
         self.cls_logits = normal_layer(nn.Conv2d(channels, anchors_per_position, 1), 0.01)
         self.bbox_pred = normal_layer(nn.Conv2d(channels, anchors_per_position * 4, 1), 0.01)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps [B, C, H, W] -> objectness logits [B, A, H, W] and box deltas [B, 4 * A, H, W], a level each."""
-        hidden = [with_relu(self.conv, feature) for feature in features]
-        return [self.cls_logits(h) for h in hidden], [self.bbox_pred(h) for h in hidden]
+        for layer in self.conv if isinstance(self.conv, nn.ModuleList) else [self.conv]:
+            features = [with_relu(layer, feature) for feature in features]
+        return [self.cls_logits(x) for x in features], [self.bbox_pred(x) for x in features]
 
 
 class RPN(nn.Module):
     """Proposals, and the losses when there are targets.
 
     pre_nms, post_nms: (training, test) numbers of proposals: a level before NMS, an image after.
+    score_threshold: proposals of a lower probability are dropped (torchvision's MobileNets).
     post_nms_per_batch: in training the best post_nms of the whole batch, as Detectron did.
     straddle: anchors further outside the image than this are left out of the loss; negative: none.
     loss_normalizer: "sampled" (number of sampled anchors) or "batch" (batch_size x images, detectron2).
@@ -52,6 +60,7 @@ class RPN(nn.Module):
         post_nms_per_batch: bool = False,
         nms_threshold: float = 0.7,
         min_size: float = 0.0,
+        score_threshold: float = 0.0,
         foreground_iou: float = 0.7,
         background_iou: float = 0.3,
         batch_size: int = 256,
@@ -67,7 +76,7 @@ class RPN(nn.Module):
         self.head = head
         self.anchors = anchors
         self.pre_nms, self.post_nms, self.post_nms_per_batch = pre_nms, post_nms, post_nms_per_batch
-        self.nms_threshold, self.min_size = nms_threshold, min_size
+        self.nms_threshold, self.min_size, self.score_threshold = nms_threshold, min_size, score_threshold
         self.foreground_iou, self.background_iou = foreground_iou, background_iou
         self.batch_size, self.positive_fraction = batch_size, positive_fraction
         self.straddle = straddle
@@ -113,7 +122,8 @@ class RPN(nn.Module):
         score, index, level = torch.cat(scores, 1), torch.cat(chosen, 1), torch.cat(levels, 1)
         least_side = 1.0 if self.plus_one else 0.0
         box, valid = decode_and_clip(deltas, anchors, index, sizes, min_size=self.min_size, least_side=least_side)
-        index, keep = nms.nms(box, score, level, valid & score.isfinite(), self.nms_threshold, post_nms)
+        valid &= score.isfinite() & ((score.sigmoid() if by_logit else score) >= self.score_threshold)
+        index, keep = nms.nms(box, score, level, valid, self.nms_threshold, post_nms)
         box = box.gather(1, index[..., None].expand(-1, -1, 4))
         score = score.gather(1, index)
         if self.training and self.post_nms_per_batch:

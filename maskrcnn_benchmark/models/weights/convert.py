@@ -32,8 +32,10 @@ BODY = "backbone.body."
 DEFAULT = Conventions()
 
 LAYOUTS: dict[str, Layout] = {
-    "maskrcnn_benchmark": Layout(r"^backbone\.body\.stem\.", []),
-    "torchvision": Layout(r"^backbone\.body\.conv1\.", layouts.TORCHVISION, (changes.RETINANET_CODER_1,), bgr=False),
+    "maskrcnn_benchmark": Layout(r"^(backbone\.body\.stem|roi_heads\.box\.predictor)\.", []),
+    "torchvision": Layout(
+        r"^backbone\.body\.(conv1|0\.0)\.", layouts.TORCHVISION, (changes.RETINANET_CODER_1,), bgr=False
+    ),
     "detectron2": Layout(
         r"^backbone\.(bottom_up\.)?stem\.conv1\.",
         layouts.DETECTRON2,
@@ -62,6 +64,7 @@ DERIVED = re.compile(
 CLASSIFIER = re.compile(  # the ImageNet classifier of a backbone's file, HRNet's too
     r"^(fc|stem\.fc|fc1000|pred)(\.|_)|^(incre_modules|downsamp_modules|final_layer|classifier)\."
 )
+MMDET_1 = re.compile(r"^(bbox_head|mask_head)\.(\d+\.)?(fc_cls|shared_\w+|convs|conv_logits)\.")
 OPTIMIZER = re.compile(r"_momentum$|^(lr|weight_order)$|^__preserve__/")
 DROPPED = {"derived from the configuration": DERIVED, "ImageNet classifier": CLASSIFIER, "optimizer": OPTIMIZER}
 
@@ -103,6 +106,11 @@ def to_ours(state: State, source: str, conventions: Conventions = DEFAULT, layou
     if LAYOUTS[name].part and all(key.startswith("backbone.") for key in state):
         state = _without_prefix(state, "backbone.")
     kept, dropped = _sort_out(state)
+    if name == "mmdet" and (old := next(filter(MMDET_1.search, kept), None)):
+        raise CheckpointError(
+            f"{source} is of MMDetection 1 (its {old} has no roi_head before it), whose classes come in another order: "
+            "convert it with MMDetection 2's tools/model_converters/upgrade_model_version.py first"
+        )
     facts = facts_of(kept)
     result = kept
     if LAYOUTS[name].table:

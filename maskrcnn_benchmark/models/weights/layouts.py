@@ -23,22 +23,28 @@ def _torchvision_blocks(ours: str, theirs: str) -> Table:
     ]
 
 
+_TOWER, _TOWER_HEAD = "{part:cls_tower|bbox_tower}", "{part:classification_head|regression_head}"
+
 TORCHVISION: Table = [
     ("backbone.body.stem.{part:conv|bn}1.*", "backbone.body.{part:conv|bn}1.*"),
     *_torchvision_blocks("backbone.body.layer{s}.{b}", "backbone.body.layer{s}.{b}"),
+    ("backbone.body.{n}.*", "backbone.body.{n}.*"),  # a MobileNet's features
     ("backbone.fpn.fpn_inner{level}.*", "backbone.fpn.inner_blocks.{level-first}.*"),
     ("backbone.fpn.fpn_layer{level}.*", "backbone.fpn.layer_blocks.{level-first}.*"),
     ("backbone.fpn.top_blocks.*", "backbone.fpn.extra_blocks.*"),
+    ("rpn.head.conv.{n}.*", "rpn.head.conv.{n}.0.*", "deep_rpn"),
     ("rpn.head.conv.*", "rpn.head.conv.0.0.*"),
     ("rpn.head.conv.*", "rpn.head.conv.*"),  # before torchvision 0.13
     ("rpn.head.{part:cls_logits|bbox_pred}.*", "rpn.head.{part:cls_logits|bbox_pred}.*", "not retinanet"),
     ("rpn.head.cls_logits.*", "head.classification_head.cls_logits.*", "retinanet"),
     ("rpn.head.bbox_pred.*", "head.regression_head.bbox_reg.*", "retinanet"),
-    ("rpn.head.cls_tower.{2*n}.*", "head.classification_head.conv.{n}.0.*"),
-    ("rpn.head.bbox_tower.{2*n}.*", "head.regression_head.conv.{n}.0.*"),
-    ("rpn.head.cls_tower.{n}.*", "head.classification_head.conv.{n}.*"),  # before 0.13
-    ("rpn.head.bbox_tower.{n}.*", "head.regression_head.conv.{n}.*"),
-    ("roi_heads.box.feature_extractor.fc{n}.0.*", "roi_heads.box_head.fc{n}.*"),
+    (f"rpn.head.{_TOWER}.{{tower_step*n+1}}.*", f"head.{_TOWER_HEAD}.conv.{{n}}.1.*", "normed_towers"),
+    (f"rpn.head.{_TOWER}.{{tower_step*n}}.*", f"head.{_TOWER_HEAD}.conv.{{n}}.0.*"),
+    (f"rpn.head.{_TOWER}.{{n}}.*", f"head.{_TOWER_HEAD}.conv.{{n}}.*"),  # before 0.13
+    ("roi_heads.box.feature_extractor.fc6.0.*", "roi_heads.box_head.{box_fc}.*", "box_convs"),
+    ("roi_heads.box.feature_extractor.fc{n}.0.*", "roi_heads.box_head.fc{n}.*", "not box_convs"),
+    ("roi_heads.box.feature_extractor.xconvs.{step*n+1}.*", "roi_heads.box_head.{n}.1.*", "normed_box_convs"),
+    ("roi_heads.box.feature_extractor.xconvs.{step*n}.*", "roi_heads.box_head.{n}.0.*"),
     ("roi_heads.box.predictor.*", "roi_heads.box_predictor.*"),
     ("roi_heads.mask.feature_extractor.mask_fcn{n}.*", "roi_heads.mask_head.{n-1}.*"),
     ("roi_heads.mask.feature_extractor.mask_fcn{n}.0.*", "roi_heads.mask_head.mask_fcn{n}.*"),  # before 0.14
@@ -82,6 +88,7 @@ DETECTRON2: Table = [
     ("backbone.fpn.fpn_layer{level}.1.*", "backbone.fpn_output{level+1}.norm.*"),
     ("backbone.fpn.fpn_layer{level}.0.*", "backbone.fpn_output{level+1}.*"),
     ("backbone.fpn.top_blocks.*", "backbone.top_block.*"),
+    ("rpn.head.conv.{n}.*", "proposal_generator.rpn_head.conv.conv{n}.*", "deep_rpn"),
     ("rpn.head.conv.*", "proposal_generator.rpn_head.conv.*"),
     ("rpn.head.cls_logits.*", "proposal_generator.rpn_head.objectness_logits.*", "not retinanet"),
     ("rpn.head.bbox_pred.*", "proposal_generator.rpn_head.anchor_deltas.*", "not retinanet"),
@@ -178,12 +185,12 @@ def _mmdet_heads(stage: str, mask: str, condition: str) -> Table:
     box, theirs, mask_there = "roi_heads.box.", f"roi_head.bbox_head.{stage}", f"roi_head.mask_head.{stage}"
     rows = [
         (f"{box}feature_extractor.{stage}fc{{n}}.0.*", f"{theirs}shared_fcs.{{n-6}}.*"),
-        (f"{box}feature_extractor.{stage}xconvs.{{step*n+1}}.*", f"{theirs}shared_convs.{{n}}.gn.*"),
+        (f"{box}feature_extractor.{stage}xconvs.{{step*n+1}}.{_LEAF}", f"{theirs}shared_convs.{{n}}.gn.{_LEAF}"),
         (f"{box}feature_extractor.{stage}xconvs.{{step*n}}.*", f"{theirs}shared_convs.{{n}}.conv.*"),
         (f"{box}predictor.{stage}cls_score.*", f"{theirs}fc_cls.*"),
         (f"{box}predictor.{stage}bbox_pred.*", f"{theirs}fc_reg.*"),
         (f"{mask}feature_extractor.mask_fcn{{n}}.0.*", f"{mask_there}convs.{{n-1}}.conv.*"),
-        (f"{mask}feature_extractor.mask_fcn{{n}}.1.*", f"{mask_there}convs.{{n-1}}.gn.*"),
+        (f"{mask}feature_extractor.mask_fcn{{n}}.1.{_LEAF}", f"{mask_there}convs.{{n-1}}.gn.{_LEAF}"),
         (f"{mask}predictor.conv5_mask.*", f"{mask_there}upsample.*"),
         (f"{mask}predictor.mask_fcn_logits.*", f"{mask_there}conv_logits.*"),
     ]
@@ -202,13 +209,19 @@ MMDET: Table = [
     ("backbone.fpn.top_blocks.p7.*", "neck.fpn_convs.4.conv.*", "retinanet"),
     ("backbone.fpn.reduction.0.*", "neck.reduction_conv.conv.*"),
     ("backbone.fpn.fpn_inner{level}.0.*", "neck.lateral_convs.{level-first}.conv.*"),
-    ("backbone.fpn.fpn_inner{level}.1.*", "neck.lateral_convs.{level-first}.gn.*"),
+    (f"backbone.fpn.fpn_inner{{level}}.1.{_LEAF}", f"neck.lateral_convs.{{level-first}}.gn.{_LEAF}"),
     ("backbone.fpn.fpn_layer{level}.0.*", "neck.fpn_convs.{level-first}.conv.*"),
-    ("backbone.fpn.fpn_layer{level}.1.*", "neck.fpn_convs.{level-first}.gn.*"),
+    (f"backbone.fpn.fpn_layer{{level}}.1.{_LEAF}", f"neck.fpn_convs.{{level-first}}.gn.{_LEAF}"),
+    ("rpn.head.conv.{n}.*", "rpn_head.rpn_conv.{n}.conv.*", "deep_rpn"),
     ("rpn.head.conv.*", "rpn_head.rpn_conv.*"),
     ("rpn.head.cls_logits.*", "rpn_head.rpn_cls.*", "not retinanet"),
     ("rpn.head.bbox_pred.*", "rpn_head.rpn_reg.*", "not retinanet"),
-    ("rpn.head.{part:cls|bbox}_tower.{2*n}.*", "bbox_head.{part:cls|reg}_convs.{n}.conv.*"),
+    (
+        f"rpn.head.{{part:cls|bbox}}_tower.{{tower_step*n+1}}.{_LEAF}",
+        f"bbox_head.{{part:cls|reg}}_convs.{{n}}.gn.{_LEAF}",
+        "normed_towers",
+    ),
+    ("rpn.head.{part:cls|bbox}_tower.{tower_step*n}.*", "bbox_head.{part:cls|reg}_convs.{n}.conv.*"),
     ("rpn.head.cls_logits.*", "bbox_head.retina_cls.*", "retinanet"),
     ("rpn.head.bbox_pred.*", "bbox_head.retina_reg.*", "retinanet"),
     *_mmdet_heads("", "roi_heads.mask.", "not cascade"),

@@ -27,18 +27,22 @@ _SIGNS = {
     "retinanet": r"cls_tower|classification_head|cls_subnet|retina_cls|retnet_",
     "pyramid": r"fpn|^neck\.",
     "deep": r"stem\.conv3\.|^conv1\.6\.|^backbone\.stem\.6\.|conv1_3\.",
-    "normed_box_convs": r"xconvs\.1\.|box_head\.conv1\.norm|shared_convs\.0\.gn|head_conv1_gn",
+    "normed_box_convs": r"xconvs\.1\.|box_head\.(conv1\.norm|0\.1\.)|shared_convs\.0\.gn|head_conv1_gn",
+    "box_convs": r"xconvs\.0\.|roi_heads\.box_head\.0\.0\.",
+    "normed_towers": r"_tower\.1\.|_head\.conv\.0\.1\.|_subnet\.1\.|(cls|reg)_convs\.0\.gn\.",
+    "deep_rpn": r"rpn\.head\.conv\.1\.|rpn_head\.conv\.conv1\.|rpn_conv\.1\.",
     "cascade": r"predictor\.\d+\.|box_head\.\d+\.fc|bbox_head\.\d+\.",
     "long_res4": r"layer3\.10\.|res4b10\.",
 }
+_BOX_CONV = re.compile(r"roi_heads\.(?:box_head\.(\d+)\.0|box\.feature_extractor\.xconvs\.(\d+))\.weight$")
 _FIRST_NORM = r"(^|\.)layer1\.0\.bn1\."
 _THEIR_GROUP_NORM = r"layer1\.0\.gn1\.|branch2a_gn_"
 _BLOCK = re.compile(r"(?:layer(\d)\.(\d+)\.|res(\d)_(\d+)_branch)")
 
 
 def facts_of(names: Collection[str]) -> Facts:
-    """What conditions and fields of a table may name: 0 or 1 for a sign, `first`, `step`, and `last2` .. `last5`, the
-    number of the last block of res2 .. res5."""
+    """What conditions and fields of a table may name: 0 or 1 for a sign, `first`, `step`, `tower_step`, `box_fc`, and
+    `last2` .. `last5`, the number of the last block of res2 .. res5."""
 
     def has(pattern: str) -> bool:
         return any(re.search(pattern, name) for name in names)
@@ -46,7 +50,10 @@ def facts_of(names: Collection[str]) -> Facts:
     facts = {fact: int(has(pattern)) for fact, pattern in _SIGNS.items()}
     facts["first"] = 1 + facts["retinanet"]  # the number of the pyramid's first level in our names
     facts["step"] = 2 + facts["normed_box_convs"]  # layers from one convolution of `xconvs` to the next
-    facts["c4"] = int(has(r"cls_score|fc_cls") and not facts["pyramid"])
+    facts["tower_step"] = 2 + facts["normed_towers"]
+    convs = [int(found[1] or int(found[2]) // facts["step"]) for found in map(_BOX_CONV.search, names) if found]
+    facts["box_fc"] = max(convs, default=0) + 2  # torchvision counts the layers: after the last of those, a flattening
+    facts["c4"] = int(has(r"cls_score|fc_cls") and not facts["pyramid"] and not has(r"fc6|box_head\.fc1|shared_fcs"))
     counted = has(_FIRST_NORM) and not has(_FIRST_NORM + "running_")
     facts["group_norm"] = int(has(_THEIR_GROUP_NORM) or counted)
     for name in names:
