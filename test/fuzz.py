@@ -346,12 +346,9 @@ def image(rng: Random, root: Path) -> None:
         read_image(root / "b.jpg", rng.choice(((HEIGHT, WIDTH), None)), 7)
 
 
-DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # in C where there is one: ten times as fast
-
-
 def config(rng: Random, root: Path) -> None:
     tree = damaged_tree(WHOLE if rng.random() < 0.05 else CONFIG, rng)
-    text = json.dumps(tree) if rng.random() < 0.5 else yaml.dump(tree, Dumper=DUMPER)  # JSON is yaml, too
+    text = json.dumps(tree) if rng.random() < 0.5 else yaml.dump(tree, Dumper=yaml.SafeDumper)  # JSON is yaml, too
     (root / "a.yaml").write_bytes(damaged_bytes(text.encode(), rng))
     get_config(root / "a.yaml")
 
@@ -479,7 +476,7 @@ def run(name: str, inputs: int, first_seed: int, root: Path) -> Counter[str]:
             return counts
 
         @seed(number)
-        @settings(few, max_examples=-(-wanted // TOGETHER))
+        @settings(few, max_examples=1 + -(-wanted // TOGETHER))  # the first is always all zeros
         @given(CASES)
         def test(drawn):
             for (case,) in struct.iter_unpack(">Q", drawn):
