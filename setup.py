@@ -152,6 +152,7 @@ setup(
         "pillow",
         "pycocotools",
         "hotcoco",
+        "orjson",
         "tensorboard",
         "tqdm",
     ],

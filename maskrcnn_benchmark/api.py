@@ -392,7 +392,8 @@ class FasterRCNN:
     ) -> OrderedDict[str, float | None] | tuple[OrderedDict[str, float | None], dict[str, list]]:
         """The model's accuracy, as fractions in 0..1 (PaddleX's VOC counts to 100), None where nothing can be found.
 
-        metric COCO: bbox_mmap and, of MaskRCNN, segm_mmap: AP over IoU .5 to .95. VOC: bbox_map: AP50 over 11 points.
+        metric COCO: bbox_mmap and, of MaskRCNN, segm_mmap: AP over IoU .5 to .95. VOC: bbox_map, AP50 of VOC 2007, and
+        of MaskRCNN segm_map, COCO's AP50 of masks, for VOC defines none (PaddleX has the same).
         epoch_id: for the log. return_details: also {"bbox": [[image id, category id, [xmin, ymin, w, h], score]],
         "mask": [[image id, category id, [H, W] uint8 of 0 and 1, score]], "gt": annotations in COCO's form}.
         """
@@ -547,7 +548,8 @@ test_data_keys.__test__ = False  # pytest would take it for a test
 def accuracy(scores: Mapping[str, Any], metric: str) -> OrderedDict[str, float | None]:
     """PaddleX's names of the scores."""
     if metric == "VOC":
-        return OrderedDict(bbox_map=scores["voc07"]["AP50"])
+        masks = {"segm_map": scores["segm"]["AP50"]} if "segm" in scores else {}
+        return OrderedDict(bbox_map=scores["voc07"]["AP50"], **masks)
     return OrderedDict((f"{task}_mmap", scores[task]["AP"]) for task in ("bbox", "segm") if task in scores)
 
 

@@ -12,10 +12,13 @@ def visible(text: str) -> str:
 
 
 class UserError(Exception):
-    """What was wrong, where (file, key, image id) and what to do, in one line."""
+    """What was wrong, where (file, key, image id) and what to do, in one line.
+
+    Those of measuring, comparing and reporting are of this class itself, all others of one below.
+    """
 
     exit_code = 2
-    help = ""  # the section about such errors, which the tools name behind the message
+    help = "docs/troubleshooting.md#benchmarks-and-reports"  # the section that the tools name behind the message
 
 
 class ConfigError(UserError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -14,4 +15,6 @@ def find_recipe(path: str | Path) -> Path:
     configs/quickstart.yaml. What is neither comes back as it is."""
     path = Path(path)
     ours = [ROOT / path, ROOT / "configs" / path] if path.parts[:1] == ("configs",) or len(path.parts) == 1 else []
-    return next((place for place in (path, *ours) if place.is_file()), path)
+    return next(
+        (place for place in (path, *ours) if os.path.isfile(place)), path
+    )  # Path.is_file raises where a name is too long

@@ -39,6 +39,15 @@ class Batch:
     def to(self: B, device: torch.device | str, non_blocking: bool = False) -> B:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def clone(self: B) -> B:
+        return self._map(Tensor.clone)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in the order of the fields."""
+        found: list[Tensor] = []
+        self._map(lambda tensor: found.append(tensor) or tensor)
+        return found
+
     def pin_memory(self: B) -> B:
         return self._map(Tensor.pin_memory)
 
@@ -54,15 +63,27 @@ class ImageBatch(Batch):
     sizes: [B, 2] int64 (height, width) of each image inside the padding.
     original_sizes: (height, width) of each image file, for results in its own pixels.
     image_ids: the data set's ids, for results and error messages.
+    to_mirror: [B] bool, the images whose pixels the device has still to mirror, on the way to it; else None.
     """
 
     pixels: Tensor
     sizes: Tensor
     original_sizes: list[tuple[int, int]]
     image_ids: list[int]
+    to_mirror: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def mirrored(self, where: Tensor | None = None) -> ImageBatch:
+        """Left and right exchanged within each image's own width, in all or `where` [B] bool is True; the padding stays
+        on the right."""
+        width = self.sizes[:, 1:]
+        column = torch.arange(self.pixels.shape[-1], device=width.device)
+        inside = column < width if where is None else (column < width) & where[:, None]
+        source = torch.where(inside, width - 1 - column, column)
+        index = source[:, None, None].expand(-1, *self.pixels.shape[1:3], -1)
+        return replace(self, pixels=self.pixels.gather(3, index), to_mirror=None)
 
 
 @dataclass

@@ -31,11 +31,12 @@ prepare_environment() {
         local base
         base="$(command -v python3 || command -v python)" || fail "no python3 found; install Python 3.10 or later"
         "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$base is older than Python 3.10"
-        echo "== setting up $VENV"
+        echo "== setting up $VENV: torch is a large download"
         [ -x "$VENV/bin/python" ] || "$base" -m venv "$VENV"
         PYTHON="$VENV/bin/python"
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt"
     fi
+    echo "== building the kernels, where they are not up to date"
     if ! (cd "$ROOT" && "$PYTHON" setup.py --quiet build_ext --inplace >"$ROOT/build.log" 2>&1); then
         cat "$ROOT/build.log" >&2
         fail "building the kernels failed; the log is above and in $ROOT/build.log"

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,14 +96,24 @@ def progress(output: Path) -> int:
     return 0
 
 
+def looks(seconds: float, pause: float) -> Iterator[float]:
+    """The seconds waited so far, again and again until they are `seconds`. A machine that sleeps, and a process that is
+    stopped for a while, must not look like a run that hangs: more than a second between two looks counts as one."""
+    waited, last = 0.0, time.monotonic()
+    while waited < seconds:
+        yield waited
+        time.sleep(pause)
+        now = time.monotonic()
+        waited, last = waited + min(now - last, 1.0), now
+
+
 def wait_until(condition, process: subprocess.Popen, seconds: float = 120, pause: float = 0.005) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
+    for _ in looks(seconds, pause):
+        if condition():
+            return
         if process.poll() is not None:
             raise RuntimeError(f"the run ended with status {process.returncode} before the fault")
-        if time.monotonic() > end:
-            raise RuntimeError(f"nothing happened in {seconds:g} seconds")
-        time.sleep(pause)
+    raise RuntimeError(f"nothing happened in {seconds:g} seconds")
 
 
 def inject(fault: str, case: Case, process: subprocess.Popen, output: Path, rng: random.Random) -> str:
@@ -129,12 +140,10 @@ def inject(fault: str, case: Case, process: subprocess.Popen, output: Path, rng:
 
 def seconds_until_gone(process: subprocess.Popen, output: Path) -> float:
     """Raises RuntimeError where a process of the run is left after GONE_WITHIN."""
-    began = time.monotonic()
-    while process.poll() is None or processes(output):
-        if time.monotonic() - began > GONE_WITHIN:
-            raise RuntimeError(f"processes {sorted(processes(output))} are left after {GONE_WITHIN:g} seconds")
-        time.sleep(0.02)
-    return time.monotonic() - began
+    for waited in looks(GONE_WITHIN, 0.02):
+        if process.poll() is not None and not processes(output):
+            return waited
+    raise RuntimeError(f"processes {sorted(processes(output))} are left after {GONE_WITHIN:g} seconds")
 
 
 def strike(fault: str, case: Case, config: Path, output: Path, rng: random.Random) -> dict[str, str]:

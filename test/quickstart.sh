@@ -31,8 +31,8 @@ pictures=("$data"/val2017/*.jpg)
     --output "$output/pictures" --json "$output/pictures/predictions.json"
 cat <<TEXT
 == done; look at
+   $output/pictures/           what the model sees: the masks on eight pictures
    $output/report.html         the run on one page: curves, accuracy by class, predictions beside the truth
-   $output/pictures/           what the model sees
    $output/result.json         accuracy, speed, environment
    $output/log.txt             the log; tensorboard --logdir $output draws the curves
 TEXT

@@ -327,6 +327,7 @@ def data(shapes) -> tuple[api.Dataset, api.Dataset]:
 
 SOLVER = {"pretrain_weights": None, "optimizer": "AdamW", "learning_rate": 0.002, "train_batch_size": 4}
 SOLVER |= {"warmup_steps": 2, "warmup_start_lr": 0.001, "log_interval_steps": 1}
+SOLVER |= {"lr_decay_epochs": [2], "lr_decay_gamma": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +347,8 @@ def test_training_writes_a_runs_directory(trained, data):
     assert any(name.startswith("events.out.tfevents.") for name in names)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["iter"] for line in lines] == list(range(1, 10))
-    assert lines[0]["lr"] == pytest.approx(0.001) and lines[2]["lr"] == pytest.approx(0.002)
+    # From warmup_start_lr to learning_rate in 2 steps, and half of it after 2 epochs
+    assert [line["lr"] for line in lines] == pytest.approx([0.001, 0.0015, *[0.002] * 4, *[0.001] * 3])
     assert (output / "log.txt").read_text().count("accuracy at iteration") == 3
     assert data[0].labels == ["background", "circle", "square", "triangle", "star", "cross"]
 
@@ -359,6 +361,42 @@ def test_resumed_training_ends_as_an_uninterrupted_one(trained, data, tmp_path):
     )
     ends = [torch.load(path / "model_final.pth", weights_only=True)["model"] for path in (output, tmp_path)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert not list(tmp_path.glob("events.out.tfevents.*"))  # without use_vdl
+
+
+def saved(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def test_training_starts_from_pretrain_weights(trained, data, tmp_path, monkeypatch):
+    """A file of this project, and of torchvision under IMAGENET's and COCO's names in the cache: at a rate of next to
+    nothing what is loaded is what is saved; what was not in the file is fresh."""
+    known = saved(trained[1] / "model_final.pth")["model"]
+    small = {"learning_rate": 1e-12, "warmup_start_lr": 1e-13, "train_batch_size": 12, "log_interval_steps": 1}
+    tiny().train(1, data[0], save_dir=tmp_path / "file", pretrain_weights=trained[1] / "model_final.pth", **small)
+    assert close(saved(tmp_path / "file" / "model_final.pth")["model"], known)
+    assert "momentum_buffer" in saved(tmp_path / "file" / "model_final.pth")["optimizer"]["state"][0]  # SGD, by default
+    assert "exp_avg" in saved(trained[1] / "model_final.pth")["optimizer"]["state"][0]
+
+    monkeypatch.setenv("MASKRCNN_CACHE", str(tmp_path))
+    body = {name.removeprefix("backbone.body."): known[name] for name in known if name.startswith("backbone.body.")}
+    torch.save({name.removeprefix("stem."): body[name] + 1 for name in body}, tmp_path / "resnet18.pth")
+    tiny().train(1, data[0], save_dir=tmp_path / "imagenet", **small)
+    found = saved(tmp_path / "imagenet" / "model_final.pth")["model"]
+    assert close({name: found[f"backbone.body.{name}"] for name in body}, {name: body[name] + 1 for name in body})
+    assert not close(found, known)
+
+
+def close(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+
+
+def test_early_stop_ends_at_a_plateau(data, tmp_path):
+    """A model that does not move scores the same each epoch: the first is the best, and the second without gain the
+    last."""
+    still = SOLVER | {"learning_rate": 1e-12, "warmup_start_lr": 1e-12, "warmup_steps": 0, "train_batch_size": 12}
+    tiny().train(9, data[0], eval_dataset=data[1], save_dir=tmp_path, early_stop=True, early_stop_patience=2, **still)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -375,7 +413,8 @@ def test_evaluation_gives_the_runs_scores_and_details(trained, data):
     assert details["mask"][0][2].shape == (96, 96) and details["mask"][0][2].dtype == np.uint8
     assert {"bbox", "segmentation", "category_id"} <= details["gt"][0].keys()
     voc = model.evaluate(data[1], metric="VOC")
-    assert list(voc) == ["bbox_map"] and 0 <= voc["bbox_map"] <= 1
+    assert list(voc) == ["bbox_map", "segm_map"] and 0 <= voc["bbox_map"] <= 1
+    assert voc["segm_map"] == pytest.approx(result["segm"]["AP50"], abs=1e-6)
 
 
 def test_predictions_have_the_documented_form(trained, shapes, tmp_path):
@@ -432,7 +471,15 @@ def test_fine_tuning_without_masks_says_how_many_classes_there_are(data, tmp_pat
     with pytest.raises(ConfigError, match="set it to 6"):
         mb.FasterRCNN(5, device="cpu").train(1, data[0], save_dir=tmp_path, pretrain_weights=None)
     model = tiny(mb.FasterRCNN)
-    model.train(1, data[0], save_dir=tmp_path, **SOLVER)
+    model.train(
+        3, data[0], eval_dataset=data[1], save_interval_epochs=2, metric="VOC", save_dir=tmp_path / "run", **SOLVER
+    )
+    # Epochs of 3 steps, of which the 2nd and the last are evaluated
+    scored = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["iter"] for line in scored] == [6, 9] and "voc07/AP50" in scored[0]
+    assert [path.name for path in (tmp_path / "run").glob("model_0*")] == ["model_0000006.pth"]
+    voc = json.loads((tmp_path / "run" / "result.json").read_text())["voc07"]
+    assert model.evaluate(data[1], metric="VOC") == {"bbox_map": pytest.approx(voc["AP50"], abs=1e-6)}
     assert list(model.evaluate(data[1])) == ["bbox_mmap"]
     assert "mask" not in model.predict(np.zeros((96, 96, 3), np.uint8))[0]
 

@@ -11,6 +11,7 @@ from benchmark_results import ENVIRONMENT, STEADY, processes, result
 from maskrcnn_benchmark.benchmark import accuracy, compare, history, results
 from maskrcnn_benchmark.benchmark.compare import Limits
 from maskrcnn_benchmark.benchmark.statistics import mann_whitney, smallest_p, student_tail, welch
+from maskrcnn_benchmark.config import flat, get_config
 from maskrcnn_benchmark.errors import UserError
 
 
@@ -310,7 +311,11 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_processes_are_merged_in_order():
     parts = [result({"step_ms": results.metric(samples, "ms")}) for samples in ([1, 2, 9], [4], [6, 5])]
     parts[0]["cases"][0]["metrics"]["only_here"] = results.metric([1], "ms")
+    for number, part in enumerate(parts):
+        part["cases"][0] |= {"peak": {"tflops": 2.0}, "losses": [number], "clocks": [[number, number + 1]]}
     (case,) = results.merge(parts, ["benchmark.py"])["cases"]
+    assert (case["peak"], case["losses"]) == ({"tflops": 2.0}, [0]), "of the first"
+    assert case["clocks"] == [[0, 1], [1, 2], [2, 3]]
     assert case["metrics"].keys() == {"step_ms"}  # what a process lacks, a comparison must find missing
     merged = case["metrics"]["step_ms"]
     assert merged["samples"] == [1, 2, 9, 4, 6, 5] and results.processes(merged) == [[1, 2, 9], [4], [6, 5]]
@@ -396,6 +401,17 @@ def test_other_work_is_another_series(tmp_path):
     runs(path, [100] * 3)
     runs(path, [500] * 3, work={"batch": 8})
     assert [len(one.points) for one in history.series(history.read(path))] == [3, 3]
+
+
+def test_a_key_that_is_new_and_at_its_default_is_no_other_work(tmp_path):
+    path = tmp_path / "history.jsonl"
+    config = flat(get_config(None, ["SEED", "5"]))
+    before = {key: value for key, value in config.items() if key != "SOLVER.GAMMA"}
+    for number, one in enumerate((before, config, config | {"SEED": 6}, config | {"SOLVER.GAMMA": 0.5})):
+        measured = result({"step_ms": processes(100, 101, 99)}, config_sha256=str(number))
+        measured["cases"][0]["config"] = one
+        history.append(path, measured)
+    assert [len(one.points) for one in history.series(history.read(path))] == [2, 1, 1]
 
 
 def test_a_history_is_of_one_machine(tmp_path):

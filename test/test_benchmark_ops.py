@@ -14,9 +14,10 @@ import torch
 from conftest import ROOT
 
 from maskrcnn_benchmark import command
-from maskrcnn_benchmark.benchmark import cases, timing
+from maskrcnn_benchmark.benchmark import cases, roofline, timing
 from maskrcnn_benchmark.benchmark.timing import Plan
 from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.ops import roi_align
 
 SMALL = cases.Setup(torch.device("cpu"), scale=0.005)
 NAN = float("nan")
@@ -55,6 +56,7 @@ def simple_case(ours, peer, **changes) -> cases.Case:
             ours=lambda x: lambda: ours(x),
             torchvision=lambda x: lambda: peer(x),
             composite=lambda x: lambda: peer(x),
+            least=lambda x, result: roofline.Least(roofline.size_of(x, result), 1000),
             agreement=cases.FLOAT32,
         ),
         **changes,
@@ -208,6 +210,88 @@ def test_every_case_agrees_with_torchvision(case):
     assert case.agreement.error(case.ours(problem)(), case.torchvision(problem)()) <= 1
 
 
+# ---- the roofline
+
+
+def test_a_roofline_by_hand():
+    """2 MB at 10 GB/s take .2 ms, 100 MFLOP at 1,000 GFLOP/s .1, at 250 GFLOP/s .4."""
+    least = roofline.Least(2_000_000, 100_000_000)
+    roof = roofline.Roof(10.0, {"float32": 1000.0, "bfloat16": 250.0})
+    found = roofline.judge(least, 1.0, torch.float32, roof)
+    assert (found["gb_per_second"], found["gflop_per_second"]) == (2.0, 100.0)
+    assert (found["floor_ms"], found["bound_by"], found["share"]) == (0.2, "memory", 0.2)
+    found = roofline.judge(least, 0.8, torch.bfloat16, roof)
+    assert (found["floor_ms"], found["bound_by"], found["share"]) == (0.4, "arithmetic", 0.5)
+    found = roofline.judge(roofline.Least(2_000_000), 1.0, torch.float32, roof)
+    assert found["flop"] is found["gflop_per_second"] is None and found["bound_by"] == "memory"
+    assert "share" not in roofline.judge(least, 1.0, torch.float32, None)
+
+
+def test_the_roof_is_the_fastest_copy_and_product(monkeypatch):
+    """A million bytes, read and written, in a million ns: 2 GB/s."""
+    monkeypatch.setattr(roofline, "COPIED", 1_000_000)
+    monkeypatch.setattr(roofline, "nanoseconds", lambda *_: 1_000_000)
+    monkeypatch.setattr(roofline.flops, "measured_peak", lambda device, dtype: (0.5, "by hand"))
+    roof = roofline.measure_roof(get_device("cpu"), [torch.float32])
+    assert roof == roofline.Roof(2.0, {"float32": 500.0})
+
+
+def test_pixels_under_a_box_by_hand():
+    """Samples at 2.5, 3.5, 4.5 and 5.5 a side read pixels 2 to 6."""
+    box = torch.tensor([[2.0, 2.0, 6.0, 6.0]])
+    count = lambda boxes, planes: roofline.pixels_under(  # noqa: E731
+        boxes, torch.tensor(planes), [(8, 8), (8, 8)], [1.0, 1.0], 2, 2
+    )
+    assert count(box, [0]) == 25
+    assert count(box.repeat(2, 1), [0, 0]) == 25 and count(box.repeat(2, 1), [0, 1]) == 50
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_pixels_under_boxes_are_those_with_a_gradient(samples):
+    random = np.random.default_rng(0)
+    boxes = torch.from_numpy(cases.random_boxes(random, 12, 48, 64, 4, 60))
+    image, feature = torch.arange(12) % 2, torch.zeros(2, 1, 24, 32, requires_grad=True)
+    level = torch.zeros_like(image)
+    roi_align.roi_align([feature], boxes, image, level, [0.5], 3, samples, False).sum().backward()
+    assert roofline.pixels_under(boxes, image, [(24, 32)] * 2, [0.5] * 2, 3, samples) == (feature.grad != 0).sum()
+
+
+def of_case(name, dtype=torch.float32):
+    (case,) = [case for case in cases.ops_cases() if case.name == name and case.dtype == dtype]
+    setup = replace(SMALL, dtype=dtype)
+    problem = case.inputs(setup)
+    return problem, case.least(problem, case.ours(problem)())
+
+
+def test_what_a_convolution_must_do_by_hand():
+    """Maps of 2 x 256 x 8 x 12 in bfloat16; weights of 256 x 256 x 3 x 3 and biases in float32, gradients too."""
+    values, weights = 2 * 256 * 8 * 12, 256 * 256 * 9
+    problem, forward = of_case("3x3 convolution forward, P3, 256 channels", torch.bfloat16)
+    assert problem.input.numel() == values
+    assert forward == roofline.Least(2 * 2 * values + 4 * (weights + 256), 2 * values * 256 * 9)
+    _, backward = of_case("3x3 convolution backward, P3, 256 channels", torch.bfloat16)
+    assert backward == roofline.Least(3 * 2 * values + 4 * (2 * weights + 256), 4 * values * 256 * 9)
+
+
+def test_what_matching_and_coding_must_do_by_hand():
+    """1,250 anchors: 4 float32 each, an int64 index and an int8 label; 20 ground truths."""
+    problem, matched = of_case("IoU 20 x 250k + match, low quality allowed")
+    labels = len(problem.anchors) * cases.match(cases.matching.match, problem)[1].element_size()
+    assert matched == roofline.Least(20 * 16 + 1250 * (16 + 8) + labels, 14 * 20 * 1250)
+    _, encoded = of_case("encode 250k boxes")
+    assert encoded == roofline.Least(3 * 16 * 1250, 24 * 1250)
+
+
+def test_what_pooling_must_do_by_hand():
+    """5 boxes of 7 x 7 x 256 values; the backward pass writes all of the pyramid, 64 x 96 and its halves."""
+    problem, forward = of_case("RoIAlign forward 7x7, 2 images, 1,024 boxes, channels-last")
+    values, rois = 5 * 49 * 256, 5 * (16 + 8 + 8)
+    assert len(problem.rois[0]) == 5 and forward.flop == 32 * values
+    assert 0 < forward.bytes - 4 * values - rois < roofline.size_of(problem.features)
+    _, backward = of_case("RoIAlign backward 7x7, 2 images, 1,024 boxes, channels-last")
+    assert backward == roofline.Least(4 * values + rois + roofline.size_of(problem.features), 32 * values)
+
+
 # ---- the tool
 
 
@@ -232,6 +316,7 @@ def test_what_the_file_holds(call, tool, monkeypatch, tmp_path):
     assert row["ratio"] == pytest.approx(row["peer"]["ms"]["p50"] / row["ours"]["ms"]["p50"])
     assert row["ratio_interval"][0] <= row["ratio"] <= row["ratio_interval"][1]
     assert f"{row['ratio']:.2f}" in stdout.splitlines()[1]
+    assert row["roofline"]["bytes"] == 32 and row["roofline"]["flop"] == 1000 and report["roof"] is None
 
 
 def test_a_wrong_kernel_does_not_win(call, tool, monkeypatch, tmp_path):
@@ -266,9 +351,13 @@ def test_verdicts_hold_targets_against_ratios(call, tool, monkeypatch, tmp_path)
 
 def test_without_a_peer_ours_is_timed_alone(call, tool, monkeypatch):
     monkeypatch.setattr(tool, "ops_cases", lambda images: [simple_case(torch.exp, torch.sin)])
-    code, stdout, stderr = call("ops", "--device", "cpu", "--repeats", 1, "--markdown")
+    monkeypatch.setattr(tool.roofline, "measure_roof", lambda *_: roofline.Roof(1e-9, {"float32": 5.0}))
+    code, stdout, stderr = call("ops", "--device", "cpu", "--repeats", 1, "--markdown", "--roofline")
     assert (code, stderr) == (0, "")
-    header, rule, row = (line.strip("| ").split(" | ") for line in stdout.splitlines())
+    *table, roof = stdout.splitlines()
+    header, rule, row = (line.strip("| ").split(" | ") for line in table)
+    assert roof.endswith("a copy 0.0 GB/s, matrix products float32 5 GFLOP/s")
+    assert row[header.index("bound by")] == "memory" and row[header.index("floor ms")] == "32000.000"  # 32 bytes
     assert header[0] == "case" and set(rule) == {"---"} and len(header) == len(rule) == len(row)
     assert row[0] == "simple" and float(row[header.index("ours ms")]) > 0 and row[header.index("peer ms")] == "-"
 

@@ -266,6 +266,7 @@ def test_training_on_two_ranks(run, tiny_config, tmp_path):
     total, each, times = (np.array(case["metrics"][name]["samples"]) for name in names)
     assert total == pytest.approx(2 * each) and total == pytest.approx(4000 / times)
     assert done.stdout.count("images/s") == 1  # the main rank speaks alone
+    assert "UserWarning" not in done.stderr, done.stderr
 
 
 def test_real_data_on_two_ranks(run, tiny_config, tmp_path):

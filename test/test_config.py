@@ -139,6 +139,28 @@ def test_files_that_cannot_be_used(tmp_path):
     write(tmp_path / "one.yaml", "_BASE_: two.yaml")
     with pytest.raises(ConfigError, match="circle"):
         get_config(write(tmp_path / "two.yaml", "_BASE_: one.yaml"))
+    for name in ("/dev/zero", "/dev/stdin", "."):
+        with pytest.raises(ConfigError, match=r"device\.yaml: _BASE_ names .*, which is no file"):
+            get_config(write(tmp_path / "device.yaml", f"_BASE_: {name}"))
+    with pytest.raises(ConfigError, match=r"/dev/zero has more than 1,000,000 characters"):
+        get_config("/dev/zero")
+    with pytest.raises(ConfigError, match=r"cannot read config file .*: File name too long"):
+        get_config(None, ["_BASE_", "x" * 5000])
+    with pytest.raises(ConfigError, match=r"cannot read config file .*child\.yaml\): File name too long"):
+        get_config(write(tmp_path / "child.yaml", f"_BASE_: {'x' * 5000}"))
+
+
+@pytest.mark.parametrize("bases", [["{}.yaml"], ["{}.yaml", "{}.yaml"]], ids=["a chain", "twice a step"])
+def test_files_that_name_each_other(tmp_path, bases):
+    """A chain of 101 files, and 2^40 readings of 41: 100 are read, whatever names them."""
+    last = 100 if len(bases) == 1 else 40
+    for number in range(last):
+        names = ", ".join(base.format(number + 1) for base in bases)
+        write(tmp_path / f"{number}.yaml", f"_BASE_: [{names}]")
+    write(tmp_path / f"{last}.yaml", "SOLVER: {MAX_ITER: 20}")
+    with pytest.raises(ConfigError, match=r"0\.yaml: _BASE_ leads to more than 100 files"):
+        get_config(tmp_path / "0.yaml")
+    assert get_config(tmp_path / f"{last - 4}.yaml").SOLVER.MAX_ITER == 20
 
 
 UPSTREAM_YAML = "MODEL: {META_ARCHITECTURE: GeneralizedRCNN, MASK_ON: True, BACKBONE: {CONV_BODY: R-50-C4}}"

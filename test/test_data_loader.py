@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -26,10 +28,11 @@ from maskrcnn_benchmark.data import loader
 from maskrcnn_benchmark.data.catalog import build_dataset
 from maskrcnn_benchmark.data.coco import CocoDataset
 from maskrcnn_benchmark.data.samplers import InferenceSampler, TrainSampler
-from maskrcnn_benchmark.data.transforms import Polygons, Sample, offsets_of
-from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.data.transfer import transfer
+from maskrcnn_benchmark.data.transforms import Compose, Polygons, Sample, offsets_of
+from maskrcnn_benchmark.device import Device, get_device
 from maskrcnn_benchmark.errors import ConfigError, DataError
-from maskrcnn_benchmark.structures import BitmapBatch, PolygonBatch
+from maskrcnn_benchmark.structures import BitmapBatch, ImageBatch, PolygonBatch
 
 CPU = get_device("cpu")
 
@@ -234,6 +237,54 @@ def test_spawned_workers(coco_mini, mini, reference, spawned):
     assert_equal_batches(first_batches(config(coco_mini, 2, batch=8), mini, 4), reference[:4])
 
 
+MIRRORING = dataclasses.replace(CPU, mirrors_images=True)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_device_mirrors_what_workers_leave_to_it(coco_mini, mini, reference, workers, monkeypatch):
+    left = []
+    mirrored = ImageBatch.mirrored
+    monkeypatch.setattr(ImageBatch, "mirrored", lambda self, where: left.append(where) or mirrored(self, where))
+    batches = loader.train_loader(config(coco_mini, workers, batch=8), mini, MIRRORING, 0, 1, 0)
+    batches = list(itertools.islice(batches, 14))
+    assert 30 < int(sum(where.sum() for where in left)) < 82, "of 112 images half"
+    for (images, _), (images_b, _) in zip(reference, batches):
+        assert images_b.to_mirror is None
+        # OpenCV's fixed-point interpolation is not quite the same from right to left
+        assert (images.pixels.int() - images_b.pixels.int()).abs().max() <= 1
+        images_b.pixels = images.pixels
+    assert_equal_batches(reference, batches)
+
+
+@pytest.mark.parametrize(
+    ("after", "left"),
+    [
+        ([{"type": "ResizeByShort", "short_size": 64}, {"type": "Padding", "coarsest_stride": 32}], True),
+        ([{"type": "RandomVerticalFlip", "prob": 1}, {"type": "ResizeByShort", "short_size": 64}], True),
+        ([{"type": "RandomCrop"}], False),
+        ([{"type": "RandomHorizontalFlip", "prob": 1}], True),
+        ([lambda sample, rng: sample], False),
+    ],
+)
+def test_pixels_are_left_to_mirror_where_nothing_looks_at_them(after, left):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (40, 60, 3), np.uint8)
+    sample = Sample(image, 1, 0, (40, 60), np.array([[1, 2, 30, 20]], np.float32), np.array([1]))
+    compose = Compose([{"type": "RandomHorizontalFlip", "prob": 1}, *after])
+    expected = compose(sample, np.random.default_rng(1))
+    compose.leave_mirroring()
+    found = compose(sample, np.random.default_rng(1))
+    batch, _ = loader.collate([found], 32, ())
+    twice = isinstance(after[0], dict) and after[0]["type"] == "RandomHorizontalFlip"
+    assert (batch.to_mirror is not None) == (left and not twice)
+    if batch.to_mirror is not None:
+        batch = batch.mirrored(batch.to_mirror)
+    reference, _ = loader.collate([expected], 32, ())
+    assert (batch.pixels.int() - reference.pixels.int()).abs().max() <= 1
+    np.testing.assert_array_equal(found.boxes, expected.boxes)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_any_iteration_can_be_the_first(coco_mini, mini, reference, workers):
     per_epoch = loader.train_loader(config(coco_mini, batch=8), mini, CPU, 0, 1, 0).iterations_per_epoch
@@ -356,6 +407,13 @@ def test_killed_worker(coco_mini, mini):
     assert signal.getsignal(signal.SIGCHLD) == handler == signal.SIG_DFL
 
 
+def test_worker_killed_while_it_hands_a_batch_over(coco_mini, mini, monkeypatch):
+    """Its connections are gone a moment before it is dead, and torch finds it alive."""
+    monkeypatch.setattr(multiprocessing.reduction, "send_handle", lambda connection, *_: connection.close())
+    with pytest.raises(DataError, match=r"worker died.*NUM_WORKERS.*/dev/shm"):
+        first_batches(config(coco_mini, 1), mini, 1)
+
+
 def test_full_shared_memory(coco_mini, mini, monkeypatch):
     """What torch raises when /dev/shm is full reaches the main process as one line, instead of a wait without end."""
 
@@ -428,3 +486,95 @@ def test_no_process_is_left_behind(coco_mini, mini):
     for worker in workers:
         worker.join(10)
     assert not multiprocessing.active_children()
+
+
+# ---------------------------------------------------------------------------------------------- to the device
+
+
+class Queues:
+    """A device module with streams: what is queued where, in the order in which it is queued. Marks are numbered."""
+
+    def __init__(self) -> None:
+        self.told, self.place, self.marks = [], "compute", itertools.count()
+
+    def Stream(self) -> QueueStream:
+        return QueueStream("copies", self)
+
+    def current_stream(self) -> QueueStream:
+        return QueueStream(self.place, self)
+
+    @contextlib.contextmanager
+    def stream(self, stream: QueueStream):
+        self.place = stream.name
+        yield
+        self.place = "compute"
+
+
+@dataclasses.dataclass
+class QueueStream:
+    name: str
+    queues: Queues
+
+    def wait_stream(self, other: QueueStream) -> None:
+        self.queues.told.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, mark: QueueMark) -> None:
+        self.queues.told.append(f"{self.name} waits for copy {mark.number}")
+
+
+class QueueMark:
+    def __init__(self, queues: Queues) -> None:
+        self.queues, self.number = queues, next(queues.marks)
+
+    def record(self) -> None:
+        self.queues.told.append(f"copy {self.number} on {self.queues.place}")
+
+    def synchronize(self) -> None:
+        self.queues.told.append(f"host waits for copy {self.number}")
+
+
+@dataclasses.dataclass(frozen=True)
+class QueueDevice(Device):
+    queues: Queues = dataclasses.field(default_factory=Queues)
+
+    @property
+    def module(self) -> Queues:
+        return self.queues
+
+    def event(self) -> QueueMark:
+        return QueueMark(self.queues)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_the_next_batch_is_copied_beside_the_computation(pinned):
+    """A batch is waited for when it is handed out, so that the step before does not wait for its copy; its memory is
+    that of an older one, so its copy waits for the steps queued before it."""
+    device = QueueDevice(CPU.torch_device, pinned_memory=pinned)
+    batches = [loader.collate([sample_of(20, 30, 1)], 32, ()) for _ in range(4)]
+    told = device.queues.told
+    for step, (images, _) in enumerate(transfer(iter(batches), device)):
+        assert torch.equal(images.pixels, batches[step][0].pixels)
+        assert images.pixels.data_ptr() != batches[step][0].pixels.data_ptr(), "workers fill that memory again"
+        told.append(f"step {step}")
+    place = "copies" if pinned else "compute"
+    expected = [
+        *("copies waits for compute", f"copy 0 on {place}", "copies waits for compute", f"copy 1 on {place}"),
+        *("compute waits for copy 0", "step 0"),
+        *("copies waits for compute", f"copy 2 on {place}", "host waits for copy 0"),
+        *("compute waits for copy 1", "step 1"),
+        *("copies waits for compute", f"copy 3 on {place}", "host waits for copy 1"),
+        *("compute waits for copy 2", "step 2", "compute waits for copy 3", "step 3"),
+    ]
+    waits = ("copies waits", "compute waits")
+    assert told == [line for line in expected if pinned or not line.startswith(waits)]
+
+
+def test_an_epoch_of_mixed_images_has_two_shapes(coco_mini, mini):
+    """INPUT.FIXED_SHAPES in the proportions of 800 x 1344, at an eighth of the size: portrait and landscape images come
+    in batches of their own, so that each fits in one of the two."""
+    shapes = ((96, 168), (168, 96))
+    sizes = ("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MAX_SIZE_TRAIN", "160")
+    cfg = config(coco_mini, 0, 4, "INPUT.FIXED_SHAPES", str(shapes), *sizes, "DATALOADER.SIZE_DIVISIBILITY", "8")
+    batches = loader.train_loader(cfg, mini, CPU, 0, 1, 0)
+    seen = [tuple(images.pixels.shape[2:]) for images, _ in itertools.islice(batches, batches.iterations_per_epoch)]
+    assert set(seen) == set(shapes)

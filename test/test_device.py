@@ -54,6 +54,7 @@ def test_capabilities(hardware, kind):
     )
     assert device.torch_device == (torch.device("cpu") if kind == "cpu" else torch.device(kind, 0))
     assert not device.optimizers and device.gradient_views
+    assert device.graph_type == {"cuda": "CUDAGraph"}.get(kind, "")
 
 
 @pytest.mark.parametrize("kind", CAPABILITIES)
@@ -71,6 +72,7 @@ def test_torch_has_the_names_that_a_device_asks_for(hardware, kind):
     assert device.module is getattr(torch, kind)
     assert {"synchronize", "Event"} <= set(dir(device.module))
     assert {"record", "synchronize", "elapsed_time"} <= set(dir(device.module.Event))
+    assert not device.pinned_memory or {"Stream", "stream", "current_stream"} <= set(dir(device.module))
     tells = {"max_memory_allocated", "reset_peak_memory_stats", "get_device_name"}
     assert (tells & set(dir(device.module))) == (set() if kind == "mps" else tells)
 

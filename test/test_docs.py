@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from maskrcnn_benchmark.__main__ import commands, load
-from maskrcnn_benchmark.config import get_config
+from maskrcnn_benchmark.config import flat, get_config
+from maskrcnn_benchmark.config.defaults import get_defaults
 from maskrcnn_benchmark.places import find_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,22 +141,40 @@ def free_port() -> int:
 KEY = re.compile(r"`([A-Z][A-Z0-9]*(?:[._][A-Z0-9_]+)*)(?: [^`]*)?`")
 
 
-def new_names(page: Path) -> list[str]:
-    """What the last column of the page's tables puts into backticks, and its lines outside tables."""
+# What the tools' parsers, links, keys and files are looked for in
+PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "README.zh-CN.md"])
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def of_ours(page: Path) -> str:
+    """The page's text, of its tables the last column alone: others' names may stand in the first ones."""
     lines = page.read_text(encoding="utf-8").splitlines()
-    return [text for line in lines for text in KEY.findall(line.rpartition(" | ")[2] if line.startswith("|") else line)]
+    return "\n".join(line.rpartition(" | ")[2] if line.startswith("|") else line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["migrating.md", "heads.md", "multinode.md", "install.md", "quickstart.md"])
-def test_every_key_exists(name):
-    from maskrcnn_benchmark.config.checks import get
-    from maskrcnn_benchmark.config.defaults import get_defaults
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "weights.md"], ids=name_of)
+def test_every_key_exists(page):
+    """With or without MODEL. before it. weights.md names detectron2's too."""
+    known = {key: key for key in flat(get_defaults())}
+    known |= {key.removeprefix("MODEL."): key for key in known}
+    sections = {key.rpartition(".")[0] for key in known}
+    keys = [key for key in KEY.findall(of_ours(page)) if "." in key]
+    assert not [key for key in keys if key not in known and key not in sections]
 
-    cfg = get_defaults()
-    keys = [key for key in new_names(DOCS / name) if "." in key]
-    for key in keys:
-        get(cfg, key)
-    assert keys or name in ("install.md",), name
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_named_file_and_test_exists(page):
+    text = of_ours(page)
+    files = re.findall(r"(?<![\w/.-])((?:tools|configs|test|csrc|maskrcnn_benchmark)/[\w./-]+\.\w+)", text)
+    examples = ("NAME.yaml", "test/output/")
+    assert not [f for f in files if not (ROOT / f).exists() and not any(example in f for example in examples)]
+    ours = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "test").glob("test_*.py"))
+    tests = re.findall(r"`(?:test_\w+\.py::)?(test_\w+)(?:`|\.\.\.`|\*`)", page.read_text(encoding="utf-8"))
+    parameters = ("test_pre_nms_top_n", "test_post_nms_top_n")
+    assert not [test for test in tests if f"def {test}" not in ours and test not in parameters]
 
 
 def test_keys_of_maskrcnn_benchmark_are_understood(tmp_path):
@@ -177,9 +196,10 @@ def test_keys_of_maskrcnn_benchmark_are_understood(tmp_path):
 
 
 def templates() -> list[str]:
-    """Every text of the package and setup.py, with a NUL for what an f-string fills in."""
+    """Every text of the package, the tools and setup.py, with a NUL for what an f-string fills in."""
     found = []
-    for path in [ROOT / "setup.py", *(ROOT / "maskrcnn_benchmark").rglob("*.py")]:
+    packaged = (ROOT / "maskrcnn_benchmark").rglob("*.py")
+    for path in [ROOT / "setup.py", *(ROOT / "tools").glob("*.py"), *packaged]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value.rstrip("\n"))
@@ -218,10 +238,6 @@ def test_every_message_of_troubleshooting_is_one_of_ours():
     assert not [message for message in messages if not any(says(template, message) for template in ours)]
 
 
-# The tools' own parsers: what `python tools/NAME.py` and `maskrcnn-benchmark NAME` are asked to do in the documents.
-PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "README.zh-CN.md"])
-
-
 def tool_calls(page: Path) -> list[list[str]]:
     """Subcommand and arguments of every call of a tool in the page's shell code and in its tables."""
     text = page.read_text(encoding="utf-8")
@@ -238,7 +254,7 @@ def tool_calls(page: Path) -> list[list[str]]:
     return [call for call in calls if len(call) > 1 and not {"...", "COMMAND", "KEY"} & set(call)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_command_is_understood(page, monkeypatch):
     """By the parser of the tool, and as far as there are files and keys in it, those exist."""
     for name, *arguments in tool_calls(page):
@@ -267,7 +283,7 @@ def keys_of(parsed: dict) -> list[tuple[str, str]]:
     return [pair for pair in zip(words[::2], words[1::2]) if pair[0] not in ("_BASE_", "DATA.PATH")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         if target.startswith("http"):
@@ -283,7 +299,64 @@ def test_every_link_leads_somewhere(page):
 
 def test_the_index_names_every_page():
     text = (DOCS / "README.md").read_text(encoding="utf-8")
-    assert not [page.name for page in DOCS.glob("*.md") if page.name not in ("README.md",) and page.name not in text]
+    pages = [*DOCS.rglob("*.md"), *DOCS.rglob("*.py")]
+    assert not [page for page in pages if f"({page.relative_to(DOCS)})" not in text and page != DOCS / "README.md"]
+
+
+# ------------------------------------------------------------------------------------------------- in Chinese
+
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.py"))
+TRANSLATED = {"README.md": "README.zh-CN.md", "docs/install.md": "docs/zh-CN/install.md"}
+
+
+def code_of(source: str) -> str:
+    """The source without comments and docstrings, which are translated."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.unparse(tree)
+
+
+@pytest.mark.parametrize("script", TUTORIALS, ids=lambda script: script.stem)
+def test_chinese_tutorials_have_the_code_of_the_scripts(script):
+    """Which test_tutorials.py runs; the pages' blocks one after another are the script."""
+    page = script.parent / "zh-CN" / f"{script.stem}.md"
+    told = code_of("\n".join(blocks(page, "python")))
+    assert told == code_of(script.read_text(encoding="utf-8"))
+    assert blocks(page, "bash") == [f"python {script.relative_to(ROOT)}\n"]
+
+
+def without_comments(code: str) -> list[str]:
+    return [re.split(r"\s+#", line)[0].rstrip() for line in code.splitlines() if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("english", TRANSLATED)
+def test_chinese_pages_have_the_code_and_links_of_the_english_ones(english):
+    pages = ROOT / english, ROOT / TRANSLATED[english]
+    ours, theirs = ([(kind, without_comments(code)) for kind, code in BLOCK.findall(p.read_text())] for p in pages)
+    assert ours == theirs
+    assert linked(pages[0]) - linked(pages[1]) == set()
+
+
+def linked(page: Path) -> set[Path]:
+    """The files that the page links to; for those that are there in Chinese too, the Chinese ones."""
+    targets = re.findall(r"\]\(([^)\s#]+)[)#]", page.read_text(encoding="utf-8"))
+    files = {(page.parent / target).resolve() for target in targets if not target.startswith("http")}
+    chinese = {file: file.parent / "zh-CN" / f"{file.stem}.md" for file in files}
+    return {chinese[file] if chinese[file].exists() else file for file in files if not file.name.startswith("README")}
+
+
+def test_the_chinese_troubleshooting_has_every_message():
+    pages = (DOCS / "troubleshooting.md", DOCS / "zh-CN" / "troubleshooting.md")
+    ours, theirs = (re.findall(r"^\| (`.+?`|[\d +n]+) \| ", page.read_text(), re.MULTILINE) for page in pages)
+    assert ours == theirs
+
+
+def test_the_torch_of_the_installation_is_the_tested_one():
+    (tested,) = re.findall(r"^torch==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    for page in (DOCS / "install.md", DOCS / "zh-CN" / "install.md"):
+        assert re.findall(r"torch==(\S+)", page.read_text(encoding="utf-8")) == [tested]
 
 
 def test_the_configuration_reference_is_up_to_date():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -14,10 +16,11 @@ from torch import nn
 
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
-from maskrcnn_benchmark.engine import checkpoint
-from maskrcnn_benchmark.engine.metrics import LossWindow, MetricsWriter
+from maskrcnn_benchmark.engine import checkpoint, train
+from maskrcnn_benchmark.engine.metrics import PHASES, LossWindow, MetricsWriter, Pace
 from maskrcnn_benchmark.engine.nonfinite import BadStep
 from maskrcnn_benchmark.engine.optim import make_optimizer, make_schedule, set_learning_rate
+from maskrcnn_benchmark.engine.train import out_of_the_collectors_sight
 from maskrcnn_benchmark.errors import CheckpointError, ConfigError
 from maskrcnn_benchmark.models import weights
 from maskrcnn_benchmark.models.build import build_model
@@ -157,6 +160,42 @@ def test_a_scaled_overflow_is_no_error_but_a_nan_loss_is():
     window.add(3, losses(a=math.inf), [], BAD)
     with pytest.raises(BadStep):
         window.read()
+
+
+# ------------------------------------------------------------------------------------------------ pace
+
+
+def test_the_parts_of_a_step_are_measured_apart(tiny_config, tmp_path, monkeypatch):
+    """On a clock that moves only where the test lets a part sleep, and so for exactly as long."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def sleeping(part: str, call=lambda *_: None):
+        def late(*arguments, **options):
+            clock[0] += slept[part]
+            return call(*arguments, **options)
+
+        return late
+
+    slept = {"data": 1.0, "forward": 2.0, "backward": 4.0, "optimizer": 8.0, "log": 16.0, "checkpoint": 32.0}
+    changes = ["LOGGING.PERIOD", 2, "SOLVER.MAX_ITER", 4, "DATALOADER.NUM_WORKERS", 0]
+    run = train.build_run(get_config(tiny_config, changes), get_device("cpu"), tmp_path, resume=False)
+    run.batches = map(sleeping("data", lambda batch: batch), run.batches)
+    run.model.register_forward_pre_hook(sleeping("forward"))
+    next(p for p in run.model.parameters() if p.requires_grad).register_hook(sleeping("backward"))
+    monkeypatch.setattr(run.optimizer, "step", sleeping("optimizer", run.optimizer.step))
+    monkeypatch.setattr(run.metrics, "write", sleeping("log", run.metrics.write))
+    monkeypatch.setattr(checkpoint, "save", sleeping("checkpoint", checkpoint.save))
+    train.train(run)
+    run.metrics.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iter"] for line in lines] == [2, 4]
+    for line in lines:
+        assert {name: line[f"{name}_time"] for name in ("data", *PHASES)} == {n: slept[n] for n in ("data", *PHASES)}
+        assert line["time"] == 1 + 2 + 4 + 8
+    assert PHASES[0] not in Pace(get_device("cpu"), marked=False).read()  # of captured steps nobody knows
+    # What followed the line before, a step's share of it
+    assert [(line["log_time"], line["checkpoint_time"]) for line in lines] == [(0, 0), (8, 16)]
 
 
 def test_metrics_of_steps_trained_again_are_cut(tmp_path):
@@ -304,3 +343,12 @@ def test_torchvision_backbone(tmp_path):
     torch.save(state, tmp_path / "resnet50.pth")
     assert weights.load_weights(model, str(tmp_path / "resnet50.pth")) == "backbone"
     torch.testing.assert_close(model.backbone.body.state_dict(), body)
+
+
+def test_a_run_is_out_of_the_garbage_collectors_sight():
+    before = gc.get_freeze_count()
+    with pytest.raises(ZeroDivisionError), out_of_the_collectors_sight():
+        assert gc.get_freeze_count() > before + 10_000
+        assert gc.isenabled()
+        raise ZeroDivisionError
+    assert gc.get_freeze_count() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -218,6 +219,25 @@ def test_stride_in_1x1_or_3x3(in_1x1, first, middle):
     body = ResNet(50, FrozenBatchNorm2d, stride_in_1x1=in_1x1)
     block = body.layer2[0]
     assert (block.conv1.stride[0], block.conv2.stride[0]) == (first, middle)
+
+
+def test_a_frozen_norms_map_is_kept_until_a_buffer_changes():
+    norm, other = FrozenBatchNorm2d(2, eps=0.0), FrozenBatchNorm2d(2, eps=0.0)
+    with torch.inference_mode():
+        norm.scale_and_shift()
+    first = norm.scale_and_shift()
+    assert all(again is tensor for again, tensor in zip(norm.scale_and_shift(), first))
+    x = torch.ones(1, 2, 1, 1, requires_grad=True)
+    (norm(x) * norm(x)).sum().backward()  # what inference mode had made could not be kept for this
+    norm.running_var.fill_(4.0)
+    assert norm.scale_and_shift()[0].tolist() == [0.5, 0.5] and norm.scale_and_shift()[0] is first[0]
+    other.running_mean.fill_(3.0)
+    norm.load_state_dict(other.state_dict())
+    assert [tensor.tolist() for tensor in norm.scale_and_shift()] == [[1, 1], [-3, -3]]
+    copied = copy.deepcopy(norm)
+    copied.running_mean.zero_()
+    assert copied.scale_and_shift()[1].tolist() == [0, 0] and norm.scale_and_shift()[1].tolist() == [-3, -3]
+    assert norm.double().scale_and_shift()[1].dtype == torch.float64
 
 
 def test_frozen_norm_folds_into_the_convolution():

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskrcnn_benchmark.engine.inference import draw_proposals
 from maskrcnn_benchmark.evaluation.coco import format_table
 from maskrcnn_benchmark.evaluation.proposals import average_recall
 from maskrcnn_benchmark.evaluation.results import Results
@@ -87,6 +88,14 @@ def test_well_separated_objects_have_cocos_recall(seed):
 def test_table_of_recall():
     table = format_table({"box_proposal": {"AR@100": 0.25, "ARs@100": None}})
     assert table.splitlines() == ["box_proposal  AR@100    0.2500", "box_proposal  ARs@100   n/a"]
+
+
+def test_pictures_show_the_best_proposals_without_words():
+    found = proposals_of(*[(10, 40, 30, 20)] * 20, (60, 60, 30, 30))
+    marks = draw_proposals(np.zeros((100, 100, 3), np.uint8), found).any(axis=2)
+    rows, columns = np.nonzero(marks)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (39, 60, 9, 40)  # lines are 2 wide
+    assert not marks[43:57, 13:37].any()
 
 
 def test_a_run_of_the_rpn_alone(run, tiny_config, tmp_path):

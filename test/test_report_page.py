@@ -16,7 +16,7 @@ from pages import Page, browse
 
 from maskrcnn_benchmark.errors import UserError
 from maskrcnn_benchmark.report import run_page
-from maskrcnn_benchmark.report.charts import POINTS, Line, Scale, bars, fences, line_chart
+from maskrcnn_benchmark.report.charts import POINTS, Line, Scale, bars, fences, line_chart, number
 from maskrcnn_benchmark.report.run_files import Picture, read_runs
 
 
@@ -72,6 +72,34 @@ def test_the_page_of_a_run_holds_its_numbers(trained):
         assert part.removeprefix("loss_") in words
     assert result["environment"]["device_name"] in text and "BASE_LR" in text
     assert not read_runs([trained])[0].missing and "What is missing" not in words
+
+
+def test_a_steps_time_is_the_sum_of_its_parts(again):
+    """Steps of 120 ms, 2 a line; in the second line the device worked while the host waited 60 ms for data, of which 40
+    made the step longer. A former run's lines know nothing of phases."""
+    former = {"iter": 2, "time": 0.12, "data_time": 0.03}
+    known = {"forward_time": 0.02, "backward_time": 0.04, "optimizer_time": 0.01, "log_time": 0.05}
+    lines = [former | known | {"checkpoint_time": 0.0}]
+    lines += [lines[0] | {"iter": 4, "data_time": 0.06, "forward_time": 0.03, "checkpoint_time": 0.5}]
+    (again / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (again / "evaluations.jsonl").write_text('{"iter": 4, "eval_seconds": 1.0}\n')
+    words = page_of(again).words
+    told = [word for word in words if word.startswith("iteration ") and word.endswith(" ms")]
+    parts = {"forward": (20, 30), "backward": (40, 40), "optimizer": (10, 10), "waiting for data": (30, 40)}
+    assert told == [
+        f"iteration {at}: {name} {number(value)} ms"
+        for name, values in {**parts, "all else": (20, 0)}.items()
+        for at, value in zip((2, 4), values)
+    ]
+    start = words.index("Where the time went") + 1
+    said = [(name, value) for name, value in zip(words[start:], words[start + 1 :]) if " s, " in value]
+    assert said == [
+        *[("forward", "0.10 s, 3.7%"), ("backward", "0.16 s, 6.0%"), ("optimizer", "0.04 s, 1.5%")],
+        *[("waiting for data", "0.14 s, 5.2%"), ("all else", "0.04 s, 1.5%"), ("logs and reports", "0.20 s, 7.5%")],
+        *[("checkpoints", "1.00 s, 37.3%"), ("evaluating", "1.00 s, 37.3%")],
+    ]
+    (again / "metrics.jsonl").write_text(json.dumps(former) + "\n")
+    assert "iteration 2: computing 90.00 ms" in page_of(again).words
 
 
 def test_the_page_needs_nothing_else(trained):
@@ -182,12 +210,31 @@ def test_an_evaluation_alone_has_a_page(run, again, tiny_config, tmp_path):
 
 
 def test_names_cannot_break_the_page(again):
-    name = '</pre><script>alert("1")</script>&'
-    renamed = again.rename(again.with_name("a<b>&"))
+    """Of the run, of classes, of a picture, in the configuration, of the device and of metrics."""
+    name = "</pre></svg><script>alert('1')<|script>&\""
+    renamed = again.rename(again.with_name(f"run {name.replace('/', '')}"))
     config = (renamed / "config.yaml").read_text()
-    (renamed / "config.yaml").write_text(config + f"# {name}\n")
-    tags = {tag for tag, _ in page_of(renamed).tags}
-    assert not tags & {"script", "a"} and page_of(renamed, renamed).open == []
+    (renamed / "config.yaml").write_text(config + f"# config {name}\n")
+    details, result = renamed / "inference" / "coco_2017_val_details.json", renamed / "result.json"
+    found, about = json.loads(details.read_text()), json.loads(result.read_text())
+    for task in ("bbox", "segm"):
+        found[task]["classes"] = {f"class {name}": next(iter(found[task]["classes"].values()))}
+    found["confusion"]["names"][0] = f"confused {name}"
+    details.write_text(json.dumps(found))
+    about["environment"] |= {"device_name": f"device {name}"}
+    result.write_text(json.dumps(about))
+    (renamed / "environment.json").write_text(json.dumps(about["environment"]))
+    picture = next(renamed.rglob("predictions/**/*.png"))
+    picture.rename(picture.with_name(f"picture {name.replace('/', '')}.png"))
+    lines = lines_of(renamed / "metrics.jsonl")
+    column = f"loss_{name}"
+    (renamed / "metrics.jsonl").write_text("".join(json.dumps(line | {column: 1.0}) + "\n" for line in lines))
+    for page in (page_of(renamed), page_of(renamed, renamed)):
+        assert not {tag for tag, _ in page.tags} & {"script", "a"} and page.open == []
+    words = " ".join(page_of(renamed).words)
+    for part in ("run", "config", "class", "confused", "device", "picture"):
+        assert f"{part} <" in words, f"nothing is shown of the {part}'s name"
+    assert name in words
 
 
 def test_a_report_that_fails_does_not_end_a_run(again, monkeypatch, caplog):
@@ -228,8 +275,8 @@ def test_points_beyond_the_axis_are_said():
     x, y = np.arange(5.0), np.array([1.0, 1.1, 1.2, 1.3, 900.0])
     low, high = fences(y)
     assert low == 1 and high == pytest.approx(1.9)  # 1.3 + 3 * (1.3 - 1.1)
-    assert "1 points lie beyond" in line_chart("a", "ms", [Line("", x, y)], "run", (low, high))
-    assert Scale(1.0, 1.0).percent(1.0) == 50
+    assert "1 point lies beyond" in line_chart("a", "ms", [Line("", x, y)], "run", (low, high))
+    assert Scale(1.0, 1.0).percent(1.0) == 50 and Scale(12.0, 12.0).ticks() == [12.0]
 
 
 def test_many_bars_are_folded():

@@ -14,7 +14,11 @@ import pytest
 from benchmark_results import processes, result
 from conftest import ROOT
 
+from maskrcnn_benchmark.config import get_config
+from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.engine import predict
 from maskrcnn_benchmark.errors import visible
+from maskrcnn_benchmark.models.build import build_model
 from maskrcnn_benchmark.report import benchmark_page
 from maskrcnn_benchmark.report.console import Formatter
 
@@ -94,7 +98,8 @@ def test_the_benchmark_page_shows_names_as_text():
             value |= {"unit": NAME, "better": NAME}
     found = Tags(benchmark_page.html(new))
     assert "script" not in found.tags and "<script>alert(1)" in found.words
-    assert "<script>" not in benchmark_page.markdown(new).replace("\\<", "")
+    markdown = benchmark_page.markdown(new)
+    assert "<script>" not in markdown.replace("\\<", "") and "\x1b" not in markdown
 
 
 def test_error_messages_do_not_steer_the_terminal(run, named):
@@ -103,6 +108,26 @@ def test_error_messages_do_not_steer_the_terminal(run, named):
     named.write_text(json.dumps(content))
     ended = run("tools/dataset.py", "show", f"coco://{named}", named.parent / "page.html")
     assert ended.returncode == 2 and "\\x1b[2Jgone.png" in ended.stderr and "\x1b" not in ended.stderr
+
+
+def test_damaged_pictures_do_not_steer_the_terminal(run, tiny_config, tmp_path):
+    checkpoint = tmp_path / "model.pth"
+    cfg, device, names = get_config(tiny_config), get_device("cpu"), {1: "circle", 2: "square", 3: "triangle"}
+    predict.save_predictor(predict.Predictor(cfg, device, build_model(cfg, device), list(names), names, []), checkpoint)
+    for name in ("\x1b[2Jdamaged.png", "sound.png"):
+        (tmp_path / name).write_bytes(fuzz.PICTURE_FILE if name == "sound.png" else b"no picture")
+    arguments = ("--weights", checkpoint, "--json", tmp_path / "r.json", "--device", "cpu")
+    ended = run("tools/predict.py", tmp_path, *arguments)
+    assert ended.returncode == 1 and "1 images" in ended.stdout, ended.stderr
+    assert "\\x1b[2Jdamaged.png" in ended.stderr and "\x1b[2J" not in ended.stderr
+
+
+def test_benchmark_tables_do_not_steer_the_terminal(run, tmp_path):
+    paths = [tmp_path / "old.json", tmp_path / "new.json"]
+    for path in paths:
+        path.write_text(json.dumps(result({NAME: processes(1.0, 2.0)})))
+    ended = run("tools/benchmark.py", "compare", *paths)
+    assert "\\x1b[31mred" in ended.stdout and "\x1b" not in ended.stdout + ended.stderr, ended.stderr
 
 
 def test_log_lines_do_not_steer_the_terminal():

@@ -32,6 +32,7 @@ METRICS = {
     "loss_rpn_box_reg",
 }
 METRICS |= {"lr", "time", "data_time", "images_per_second", "max_memory_mb"}
+METRICS |= {f"{part}_time" for part in ("forward", "backward", "optimizer", "log", "checkpoint")}
 TRAIN = "tools/train_net.py"
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
 import pickle
 import re
+import resource
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from test_models import C4, SMALL, TINY, model_of
 from test_retinanet import RETINANET
 from torch import Tensor
 
+from maskrcnn_benchmark.engine import checkpoint, nonfinite
 from maskrcnn_benchmark.errors import CheckpointError, DataError
 from maskrcnn_benchmark.models import weights
 from maskrcnn_benchmark.models.layers import FrozenBatchNorm2d
@@ -475,6 +479,90 @@ def test_no_file_runs_code(tmp_path, convert, suffix, nested):
     with pytest.raises(CheckpointError, match=r"refused|cannot read"):
         convert(path, tmp_path / "out.pth", "--allow-pickle")
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out.pth").exists()
+
+
+def repacked(source: Path, path: Path, **options) -> Path:
+    """The zip file with its records written again."""
+    with zipfile.ZipFile(source) as read, zipfile.ZipFile(path, "w", **options) as written:
+        for record in read.infolist():
+            written.writestr(record.filename, read.read(record))
+    return path
+
+
+def with_records_in_each_other(path: Path, count: int) -> None:
+    """The directory at the file's end lists its last record's bytes under more names."""
+    with zipfile.ZipFile(path, "a") as archive:
+        last = max(archive.infolist(), key=lambda record: record.file_size)
+        for number in range(count):
+            again = copy.copy(last)
+            again.filename = again.orig_filename = f"{last.filename}{number}"
+            archive.filelist.append(again)
+        archive._didModify = True
+
+
+def test_a_file_cannot_take_more_memory_than_it_has_bytes(tmp_path):
+    """torch.load unpacks compressed records: 117 KB are 120 MB of zeros, and each record may be listed again."""
+    torch.save({"model": {"w": torch.zeros(1_000_000)}}, tmp_path / "sound.pth")
+    packed = repacked(tmp_path / "sound.pth", tmp_path / "packed.pth", compression=zipfile.ZIP_DEFLATED)
+    assert packed.stat().st_size < 20_000
+    again = repacked(tmp_path / "sound.pth", tmp_path / "again.pth")
+    assert weights.read(again)["w"].shape == (1_000_000,)
+    with_records_in_each_other(again, 20)
+    for path in (packed, again):
+        for read in (weights.read, checkpoint.read, nonfinite.read_dump):
+            with pytest.raises(CheckpointError, match=rf"{path.name}: it unpacks to [\d,]+ bytes, but has"):
+                read(path)
+    torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "repeated.pth")
+    with pytest.raises(CheckpointError, match=r"repeated\.pth: its tensors would take 4,000,000,000,000 bytes"):
+        weights.read(tmp_path / "repeated.pth")
+
+
+def pickled_array(flags: int) -> bytes:
+    """Four numbers in protocol 2, as numpy writes them, but for the flags of their type."""
+
+    class Type:
+        def __reduce__(self):
+            return np.dtype, ("f4", False, True), (3, "<", None, None, None, -1, -1, flags)
+
+    class Array:
+        def __reduce__(self):
+            function = np.ones(1).__reduce__()[0]
+            return function, (np.ndarray, (0,), b"b"), (1, (4,), Type(), False, np.ones(4, np.float32).tobytes())
+
+    return pickle.dumps({"w": Array()}, protocol=2)
+
+
+def test_made_up_types_in_a_pickle_are_harmless(tmp_path):
+    """Flags 63 say that the numbers are addresses of Python objects."""
+    path = tmp_path / "a.pkl"
+    for flags in (0, 63):
+        path.write_bytes(pickled_array(flags))
+        assert torch.equal(weights.read(path, allow_pickle=True)["w"], torch.ones(4))
+    for kind in (">f8", ">i2", "<f4"):
+        numbers = np.arange(6).reshape(2, 3).astype(kind)
+        path.write_bytes(pickle.dumps({"w": np.asfortranarray(numbers), "x": numbers[1, 2]}, protocol=2))
+        found = weights.read(path, allow_pickle=True)
+        assert found["w"].tolist() == numbers.tolist() and found["x"] == 5
+    path.write_bytes(pickle.dumps({"w": np.array([None, {}])}, protocol=2))
+    with pytest.raises(CheckpointError, match=r"a\.pkl is refused: .*an array of O"):
+        weights.read(path, allow_pickle=True)
+
+
+def test_a_pickle_cannot_ask_for_memory(tmp_path):
+    """Seven bytes that want None remembered as number 60 million."""
+    path = tmp_path / "a.pkl"
+    path.write_bytes(b"\x80\x02Nr\x00\x93\x93\x03.")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="no state dict"):
+        weights.read(path, allow_pickle=True)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_tensors_without_numbers_are_refused(tmp_path):
+    for tensor in (torch.zeros(2, 2).to_sparse(), torch.zeros(2, 2, device="meta")):
+        torch.save({"w": tensor}, tmp_path / "a.pth")
+        with pytest.raises(CheckpointError, match=r"w \(1 in all\) are no tensors"):
+            weights.read(tmp_path / "a.pth")
 
 
 def test_what_is_no_tensor_is_an_error(tmp_path):

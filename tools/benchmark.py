@@ -12,6 +12,7 @@ times every operator at the sizes of an 800 x 1344 training pair, ours and torch
   python tools/benchmark.py data --data synthetic --size 480x640                              the same on drawn images
   python tools/benchmark.py data --against detectron2 --config-file configs/quickstart.yaml DATA.PATH my_data
   python tools/benchmark.py eval                                                              COCO evaluation alone
+  python tools/benchmark.py scaling --train train.json                  what 8, 64 and 256 such devices would give
 
   python tools/benchmark.py run configs/benchmark/cpu_quick.yaml --out base.json      a suite, in fresh processes
   python tools/benchmark.py gate configs/benchmark/cpu_quick.yaml base.json           is this build slower?
@@ -41,11 +42,14 @@ from maskrcnn_benchmark.benchmark import (
     accuracy,
     data_peers,
     environment,
+    flops,
     history,
     loading,
     peers,
     results,
+    roofline,
     runs,
+    scaling,
     scoring,
     steps,
     suites,
@@ -56,14 +60,16 @@ from maskrcnn_benchmark.benchmark.compare import Comparison, Limits, compare
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import Device, get_device
 from maskrcnn_benchmark.engine import distributed
-from maskrcnn_benchmark.errors import UserError
+from maskrcnn_benchmark.errors import UserError, visible
 from maskrcnn_benchmark.report import benchmark_page
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # A step is one batch, whatever the configuration accumulates.
 ONE_BATCH = ("SOLVER.ACCUMULATE_STEPS", "1")
 COLUMNS = ("case", "dtype", "kernel", "ours ms", "peer ms", "times faster", "95% interval", "target", "verdict")
-WIDTHS = (58, 8, 9, 9, 9, 12, 13, 6, 0)
+WIDTHS = (58, 8, 9, 9, 9, 12, 13, 6, 9)
+ROOFLINE = ("MB", "GFLOP", "GB/s", "GFLOP/s", "floor ms", "bound by", "reached")
+ROOFLINE_WIDTHS = (7, 7, 6, 7, 8, 10, 7)
 
 
 def main() -> int:
@@ -80,6 +86,7 @@ def parse() -> argparse.Namespace:
         add_infer,
         add_data,
         add_eval,
+        add_scaling,
         add_run,
         add_compare,
         add_gate,
@@ -107,6 +114,10 @@ def add_ops(subparsers: argparse._SubParsersAction) -> None:
         "--images", type=positive, default=2, metavar="N", help="images a batch of RoIAlign and NMS (default 2)"
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="torch's threads; default as torch chooses")
+    parser.add_argument(
+        "--roofline", action="store_true", help="measure a copy and matrix products, too, and say what share of the"
+        " time each operator's least bytes and FLOP would take at their rates",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=positive, metavar="N", help="samples a case; default by --budget")
     parser.add_argument(
         "--budget",
@@ -284,26 +295,33 @@ def run_ops(args: argparse.Namespace) -> int:
     plan = timing.Plan(warmup=args.warmup, repeats=args.repeats, budget_seconds=args.budget)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with distributed.process_group(device):
-        rows = measure_ops(cases, args, device, plan)
+        roof = roofline.measure_roof(device, {case.dtype for case in cases}) if args.roofline else None
+        rows = measure_ops(cases, args, device, plan, roof)
         if not distributed.is_main():
             return 0
+        if roof:
+            products = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in sorted(roof.gflop_per_second.items()))
+            print(f"measured: a copy {roof.gb_per_second:.1f} GB/s, matrix products {products} GFLOP/s")
         if args.out:
-            results.write(args.out, report(args, device, plan, started, versions, rows))
+            results.write(args.out, report(args, device, plan, started, versions, rows, roof))
     disagreeing = [row["name"] for row in rows if row["agreement"] and not row["agreement"]["agrees"]]
     for name in disagreeing:
         sys.stderr.write(f"error: {name}: our result and {args.against}'s disagree; not timed\n")
     return 1 if disagreeing else 0
 
 
-def measure_ops(cases: list[Case], args: argparse.Namespace, device: Device, plan: timing.Plan) -> list[dict[str, Any]]:
+def measure_ops(
+    cases: list[Case], args: argparse.Namespace, device: Device, plan: timing.Plan, roof: roofline.Roof | None
+) -> list[dict[str, Any]]:
     """A row of each case; the main rank prints it at once."""
     rows = []
-    heads = [COLUMNS, ["---"] * len(COLUMNS)] if args.markdown else [COLUMNS]
+    columns = COLUMNS + (ROOFLINE if roof else ())
+    heads = [columns, ["---"] * len(columns)] if args.markdown else [columns]
     if distributed.is_main():
         for head in heads:
             print_row(head, args.markdown)
     for case in cases:
-        rows.append(measure(case, device, args.against, plan, args.scale))
+        rows.append(measure(case, device, args.against, plan, args.scale, roof))
         if distributed.is_main():
             print_row(cells(rows[-1]), args.markdown)
     return rows
@@ -379,6 +397,88 @@ def run_eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_scaling(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "scaling",
+        help="predict training on many devices from one device's step",
+        description="A cost model, no measurement (docs/scaling.md): the gradients' all-reduce, bucket by bucket, how"
+        " much of it the backward pass hides, and the efficiency and images/s that are left; each device keeps its"
+        " batch. The links' defaults are assumptions, which are printed.",
+    )
+    step = parser.add_mutually_exclusive_group(required=True)
+    step.add_argument("--train", type=Path, metavar="FILE", help="one device's step, by benchmark.py train --out")
+    step.add_argument("--step-ms", type=above_zero, metavar="MS", help="one device's step, of --config-file")
+    parser.add_argument("--dtype", choices=DTYPES, help="which case of the files, where there are several")
+    parser.add_argument("--config-file", metavar="YAML", help=f"with --step-ms (default {peers.CONFIG})")
+    parser.add_argument("--batch", type=positive, default=2, metavar="N", help="with --step-ms: images a device")
+    parser.add_argument(
+        "--size", type=image_size, default="800x1344", metavar="HxW", help="with --step-ms (default 800x1344)"
+    )
+    parser.add_argument("--positives", type=positive, default=32, metavar="N", help="with --step-ms: RoIs an image")
+    parser.add_argument(
+        "--devices", type=positive, action="append", metavar="N", help="several times for several (8, 64, 256)"
+    )
+    cluster = scaling.Cluster()
+    parser.add_argument("--devices-per-node", type=positive, default=cluster.per_node, metavar="N")
+    for place, link in (("node", cluster.node), ("network", cluster.network)):
+        rate, delay = link.gb_per_second, link.microseconds
+        where = f"between devices in the same {place}" if place == "node" else "between nodes"
+        parser.add_argument(
+            f"--{place}-bandwidth", type=above_zero, default=rate, metavar="GB/S", help=f"{where} ({rate:g})"
+        )
+        parser.add_argument(f"--{place}-latency", type=above_zero, default=delay, metavar="US", help=f"({delay:g})")
+    launch = cluster.launch_microseconds
+    parser.add_argument("--launch", type=above_zero, default=launch, metavar="US", help=f"of an exchange ({launch:g})")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="one device's loader, by benchmark.py data --out")
+    parser.add_argument("--infer", type=Path, metavar="FILE", help="one device's inference, by infer --out")
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="scoring, by eval --out; goes with --infer")
+    parser.add_argument("--epoch-images", type=positive, default=scaling.TRAIN_IMAGES, metavar="N")
+    parser.add_argument("--test-images", type=positive, default=scaling.TEST_IMAGES, metavar="N")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write what is printed as JSON")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="configuration keys")
+    parser.set_defaults(function=run_scaling)
+
+
+def above_zero(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return float(text)
+
+
+def run_scaling(args: argparse.Namespace) -> int:
+    if args.out:
+        require_directory("--out", args.out)
+    if args.eval and not args.infer:
+        raise UserError("--eval goes with --infer")
+    cluster = scaling.Cluster(
+        args.devices_per_node,
+        scaling.Link(args.node_bandwidth, args.node_latency),
+        scaling.Link(args.network_bandwidth, args.network_latency),
+        args.launch,
+    )
+    if args.train:
+        cfg, size, positives, step = scaling.read_step(args.train, args.dtype, args.overrides)
+    else:
+        cfg, size, positives = (
+            get_config(args.config_file or suites.ROOT / peers.CONFIG, args.overrides),
+            args.size,
+            args.positives,
+        )
+        step = scaling.given_step(cfg, size, positives, args.step_ms, args.batch)
+    loader = scaling.read_loader(args.data) if args.data else None
+    filled = scaling.buckets(flops.gradients(cfg, size, positives), cfg.DISTRIBUTED.BUCKET_MB)
+    predictions = [scaling.predict(step, filled, cluster, n, loader) for n in args.devices or (8, 64, 256)]
+    epochs = []
+    if args.infer:
+        evaluation = scaling.read_evaluation(args.infer, args.dtype, args.eval, args.test_images)
+        epochs = [scaling.epoch(one, evaluation, args.epoch_images, args.test_images) for one in predictions]
+    about = scaling.describe(step, filled, cluster, predictions, loader, epochs)
+    print("\n".join(scaling.summary(about)))
+    if args.out:
+        results.write(args.out, {"format": results.FORMAT, "command": sys.argv, **about})
+    return 0
+
+
 def started_result(device: Device, ranks: int) -> dict[str, Any]:
     """A result file's head, with no cases yet."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -416,7 +516,14 @@ def chosen(cases: list[Case], dtype: str | None, only: re.Pattern | None) -> lis
     return matching
 
 
-def measure(case: Case, device: Device, against: str | None, plan: timing.Plan, scale: float) -> dict[str, Any]:
+def measure(
+    case: Case,
+    device: Device,
+    against: str | None,
+    plan: timing.Plan,
+    scale: float,
+    roof: roofline.Roof | None = None,
+) -> dict[str, Any]:
     """One case as a row of the JSON file: compared first, then timed in turns."""
     problem = case.inputs(Setup(device.torch_device, case.dtype, scale))
     functions = {"ours": case.ours(problem)}
@@ -449,6 +556,8 @@ def measure(case: Case, device: Device, against: str | None, plan: timing.Plan, 
     for side, function in functions.items():
         memory = timing.extra_memory_mb(function, device)
         row[side] = {"ms": timing.milliseconds(samples[side]), "extra_memory_mb": memory, "samples_ns": samples[side]}
+    least = case.least(problem, functions["ours"]())
+    row["roofline"] = roofline.judge(least, row["ours"]["ms"]["p50"], case.dtype, roof)
     if against:
         row["ratio"], *row["ratio_interval"] = timing.ratio_of_medians(samples["peer"], samples["ours"])
     target = case.target if device.type == "cpu" else case.accelerator_target
@@ -474,6 +583,20 @@ def cells(row: dict[str, Any]) -> list[str]:
         "-" if low is None else f"{low:.2f}-{high:.2f}",
         text(row["target"], "g"),
         row["verdict"] or "-",
+        *(roofline_cells(row["roofline"]) if "share" in row.get("roofline", {}) else ()),
+    ]
+
+
+def roofline_cells(found: dict[str, Any]) -> list[str]:
+    flop = found["flop"]
+    return [
+        f"{found['bytes'] / 1e6:.1f}",
+        "-" if flop is None else f"{flop / 1e9:.3f}",
+        f"{found['gb_per_second']:.1f}",
+        "-" if flop is None else f"{found['gflop_per_second']:.1f}",
+        f"{found['floor_ms']:.3f}",
+        found["bound_by"],
+        f"{found['share']:.0%}",
     ]
 
 
@@ -481,13 +604,19 @@ def print_row(values: list[str] | tuple[str, ...], markdown: bool) -> None:
     if markdown:
         print("| " + " | ".join(values) + " |", flush=True)
         return
-    texts = zip(values, WIDTHS)
+    texts = zip(values, WIDTHS + ROOFLINE_WIDTHS)
     aligned = [text.ljust(width) if column < 3 else text.rjust(width) for column, (text, width) in enumerate(texts)]
     print("  ".join(aligned), flush=True)
 
 
 def report(
-    args: argparse.Namespace, device: Device, plan: timing.Plan, started: str, peers: dict[str, str], rows: list
+    args: argparse.Namespace,
+    device: Device,
+    plan: timing.Plan,
+    started: str,
+    peers: dict[str, str],
+    rows: list,
+    roof: roofline.Roof | None,
 ) -> dict[str, Any]:
     about = environment.describe(device, distributed.world_size())
     return {
@@ -501,6 +630,7 @@ def report(
         "peers": peers,
         "scale": args.scale,
         "method": timing.METHOD,
+        "roof": asdict(roof) if roof else None,
         "plan": asdict(plan),
         "environment": about,
         "cases": [comparable(row, args) for row in rows],
@@ -595,7 +725,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def tell(args: argparse.Namespace, base: dict[str, Any], new: dict[str, Any], comparison: Comparison) -> int:
     """Prints the verdict, writes the report, and returns the exit status."""
-    print(benchmark_page.text(comparison))
+    print(visible(benchmark_page.text(comparison)))
     if args.report:
         benchmark_page.write(args.report, new, base, comparison)
         print(f"wrote {args.report}")
@@ -716,7 +846,7 @@ def run_history(args: argparse.Namespace) -> int:
         history.append(args.history, results.read(args.add))
     for series in history.series(history.read(args.history)):
         if args.only is None or args.only.search(f"{series.case} {series.metric}"):
-            print("\n".join(history.describe(series)))
+            print(visible("\n".join(history.describe(series))))
     return 0
 
 

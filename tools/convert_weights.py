@@ -27,7 +27,7 @@ from maskrcnn_benchmark import command
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.engine.checkpoint import write_atomically
-from maskrcnn_benchmark.errors import CheckpointError
+from maskrcnn_benchmark.errors import CheckpointError, visible
 from maskrcnn_benchmark.models import weights
 from maskrcnn_benchmark.models.build import build_model
 
@@ -108,7 +108,8 @@ def describe(state: dict, read: weights.Conversion, written: weights.Conversion,
     print(f"{read.layout}, {len(state)} tensors: {read.renamed} renamed to ours")
     for part in (read, written):
         for why, names in part.dropped.items():
-            print(f"dropped {len(names)} ({why}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+            shown = visible(", ".join(names[:3])) + (", ..." if len(names) > 3 else "")
+            print(f"dropped {len(names)} ({why}): {shown}")
     if written.layout != OURS:
         print(f"{written.renamed} renamed to {written.layout}'s")
     print(f"wrote {len(written.state)} tensors to {target}")

@@ -17,7 +17,7 @@ from maskrcnn_benchmark import command
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.engine.checkpoint import write_atomically
 from maskrcnn_benchmark.engine.predict import Prediction, Predictor, count_inputs, find_inputs, load_predictor, predict
-from maskrcnn_benchmark.errors import DataError
+from maskrcnn_benchmark.errors import DataError, visible
 from maskrcnn_benchmark.report.console import progress
 from maskrcnn_benchmark.report.visualize import draw_results
 
@@ -64,7 +64,7 @@ def main() -> int:
     for image_id, prediction in enumerate(predictions):
         if prediction.error:
             failed += 1
-            print(f"error: {prediction.error}", file=sys.stderr)
+            print(f"error: {visible(prediction.error)}", file=sys.stderr)
             continue
         prediction.results = [result for result in prediction.results if result["score"] >= args.threshold]
         if args.output:

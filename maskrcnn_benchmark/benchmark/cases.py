@@ -19,6 +19,19 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import box_coder, masks, matching, nms, rle, roi_align
+from .roofline import (
+    FLOP_OF_DECODE,
+    FLOP_OF_ENCODE,
+    FLOP_OF_FOCAL,
+    FLOP_OF_FOCAL_GRADIENT,
+    FLOP_OF_MATCH,
+    FLOP_OF_PIXEL,
+    FLOP_OF_PROPOSAL,
+    Least,
+    convolution_flop,
+    pixels_under,
+    size_of,
+)
 
 Run = Callable[[], Any]
 # Given a case's inputs, does what the timing leaves out (conversions, a forward pass) and returns what is timed.
@@ -72,6 +85,7 @@ class Case:
 
     name: operator, direction, size. op: whose kernel serves it. inputs: builds the problem.
     ours, torchvision, composite: our way, theirs, and our composite's; `way` names whose way "theirs" is.
+    least: given the inputs and our result, what a call must move and compute.
     agreement: how equal ours and theirs must be before either is timed; `composite_agreement`, where that is another.
     target: how many times faster than theirs ours should be on a CPU, accelerator_target: on any other device; None
         where nothing is asked.
@@ -83,6 +97,7 @@ class Case:
     ours: Prepare
     torchvision: Prepare
     composite: Prepare
+    least: Callable[[Any, Any], Least]
     agreement: Agreement
     composite_agreement: Agreement | None = None
     way: str = "torchvision"
@@ -238,6 +253,21 @@ def gradient(forward: Callable[..., Tensor], leaves: list[Tensor], *arguments: A
     return partial(torch.autograd.grad, output, leaves, fixed_gradient(output), retain_graph=True)
 
 
+def pooling_least(p: Pooling, pooled: Tensor) -> Least:
+    """Of each value 4 samples of 4 neighbours, 2 FLOP each."""
+    boxes, image_index, level_index = p.rois
+    images, channels = p.features[0].shape[:2]
+    shapes = [tuple(feature.shape[2:]) for feature in p.features for _ in range(images)]
+    scales = [scale for scale in SCALES for _ in range(images)]
+    read = channels * pixels_under(boxes, level_index * images + image_index, shapes, scales, p.size, 2)
+    return Least(read * pooled.element_size() + size_of(p.rois, pooled), 32 * pooled.numel())
+
+
+def pooling_gradient_least(p: Pooling, gradients: Sequence[Tensor]) -> Least:
+    values = len(p.rois[0]) * p.features[0].shape[1] * p.size**2
+    return Least(values * p.features[0].element_size() + size_of(p.rois, gradients), 32 * values)
+
+
 def pool_backward_composite(p: Pooling) -> Run:
     grad = fixed_gradient(pool(p.features, p))
     heights, widths = [f.shape[2] for f in p.features], [f.shape[3] for f in p.features]
@@ -262,6 +292,7 @@ def roi_align_case(backward: bool, images: int, size: int, count: int, channels_
             ours=lambda p: gradient(pool, p.features, p),
             torchvision=lambda p: gradient(pool_torchvision, contiguous(p.features), p),
             composite=pool_backward_composite,
+            least=pooling_gradient_least,
             target=7.0 if fast else 3.0,
             **common,
         )
@@ -271,6 +302,7 @@ def roi_align_case(backward: bool, images: int, size: int, count: int, channels_
         ours=lambda p: partial(pool, p.features, p),
         torchvision=lambda p: partial(pool_torchvision, contiguous(p.features), p),
         composite=lambda p: partial(roi_align.roi_align_composite, p.features, *p.rois, SCALES, p.size, 2, False),
+        least=pooling_least,
         target=(8.0 if size == 7 else 5.0) if fast else 3.0,
         **common,
     )
@@ -314,6 +346,10 @@ def class_boxes(setup: Setup, count: int = 1000, classes: int = 80, objects: int
     return Suppression(boxes, scores, groups, 0.5)
 
 
+def suppression_least(p: Suppression, result: Any) -> Least:
+    return Least(size_of(p.batched(), result))
+
+
 def kept(suppress: Callable[..., tuple[Tensor, Tensor]], p: Suppression) -> Tensor:
     """Indices [K] that a batched NMS keeps, by falling score."""
     index, keep = suppress(*p.batched(), p.iou_threshold, len(p.boxes))
@@ -340,6 +376,7 @@ def nms_case(name: str, inputs: Callable[[Setup], Suppression], torchvision: Pre
         ours=lambda p: partial(kept, nms.nms, p),
         torchvision=torchvision,
         composite=lambda p: partial(kept, nms.nms_composite, p),
+        least=suppression_least,
         agreement=EQUAL,
         target=target,
         accelerator_target=2.0,
@@ -378,6 +415,7 @@ def images_nms_case(images: int) -> Case:
         ours=lambda p: kept_of_images(nms.nms, p, images),
         torchvision=batched_nms_torchvision,
         composite=lambda p: kept_of_images(nms.nms_composite, p, images),
+        least=suppression_least,
         agreement=Agreement("the same boxes", _same_kept),
         accelerator_target=2.0,
     )
@@ -410,6 +448,7 @@ def soft_nms_case(gaussian: bool) -> Case:
         ours=lambda p: soften(ops.soft_nms.soft_nms, p, gaussian),
         torchvision=lambda p: soften(ops.soft_nms.soft_nms_composite, p, gaussian),
         composite=lambda p: soften(ops.soft_nms.soft_nms_composite, p, gaussian),
+        least=suppression_least,
         agreement=Agreement(SOFT_SCORES.tolerance, _differing_scores),
         way=VECTORIZED,
         target=1.0,
@@ -429,6 +468,7 @@ def distance_nms_case(aspect: bool) -> Case:
         ours=lambda p: distance(ops.distance_nms.distance_nms, p, aspect),
         torchvision=lambda p: distance(ops.distance_nms.distance_nms_composite, p, aspect),
         composite=lambda p: distance(ops.distance_nms.distance_nms_composite, p, aspect),
+        least=suppression_least,
         agreement=EQUAL,
         way=VECTORIZED,
         target=1.0,
@@ -507,6 +547,12 @@ def propose(function: Callable[..., tuple[Tensor, Tensor]], p: Proposing) -> Run
     return partial(function, p.deltas, p.anchors, p.index, p.sizes, math.log(1000 / 16), 0.0)
 
 
+def proposing_least(p: Proposing, result: tuple[Tensor, Tensor]) -> Least:
+    """Of the deltas and anchors, those that are chosen: 4 float32 each."""
+    chosen = p.index.numel()
+    return Least(2 * 16 * chosen + size_of(p.index, p.sizes, result), FLOP_OF_PROPOSAL * chosen)
+
+
 def coder_torchvision(method: str) -> Prepare:
     def prepare(p: Coding) -> Run:
         from torchvision.models.detection._utils import BoxCoder
@@ -539,6 +585,12 @@ def pasting(setup: Setup) -> Pasting:
     probabilities = (1 / (1 + np.exp(-logits))).astype(np.float32)
     boxes = random_boxes(random, count, height, width, 32, 400)
     return Pasting(setup.tensor(probabilities), setup.tensor(boxes), height, width)
+
+
+def pasting_least(p: Pasting, rles: list[dict]) -> Least:
+    low, high = p.boxes.floor()[:, :2], p.boxes.ceil()[:, 2:]
+    pixels = int((high - low).prod(1).sum())
+    return Least(size_of(p.masks, p.boxes, rles), FLOP_OF_PIXEL * pixels)
 
 
 def paste_torchvision(p: Pasting) -> list[dict]:
@@ -630,6 +682,15 @@ def cropping(setup: Setup, instances: int = 20) -> Cropping:
     return Cropping(bitmaps, *positives(setup, random, extents, setup.count(128)))
 
 
+def cropping_least(p: Cropping, targets: Tensor) -> Least:
+    """As many samples of a bin as it has pixels, rounded up to whole ones a side; of each, 4 neighbours."""
+    shape = tuple(p.bitmaps.shape[1:])
+    read = pixels_under(p.boxes, p.instance, [shape] * len(p.bitmaps), [1.0] * len(p.bitmaps), 28, 0)
+    sides = (p.boxes[:, 2:] - p.boxes[:, :2]).clamp(min=1)
+    samples = 28 * 28 * int((sides / 28).ceil().prod(1).sum())
+    return Least(read * p.bitmaps.element_size() + size_of(p.instance, p.boxes, targets), 8 * samples)
+
+
 def crop_torchvision(p: Cropping) -> Run:
     from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
@@ -694,6 +755,16 @@ def deform_backward_composite(p: Deforming) -> Run:
     return run
 
 
+def deforming_least(p: Deforming, output: Tensor) -> Least:
+    return Least(size_of(p.leaves, output), convolution_flop(output, p.leaves[2]))
+
+
+def deforming_gradient_least(p: Deforming, gradients: Sequence[Tensor]) -> Least:
+    """The output's gradient is as large as the input's."""
+    like_output = gradients[0]
+    return Least(size_of(p.leaves, like_output, gradients), 2 * convolution_flop(like_output, p.leaves[2]))
+
+
 def deform_case(modulated: bool, backward: bool) -> Case:
     name = f"deformable convolution v{2 if modulated else 1}"
     common = {
@@ -709,6 +780,7 @@ def deform_case(modulated: bool, backward: bool) -> Case:
             ours=lambda p: gradient(deform, p.leaves),
             torchvision=lambda p: gradient(deform_torchvision, contiguous(p.leaves)),
             composite=deform_backward_composite,
+            least=deforming_gradient_least,
             **common,
         )
     return Case(
@@ -717,6 +789,7 @@ def deform_case(modulated: bool, backward: bool) -> Case:
         ours=lambda p: partial(deform, p.leaves),
         torchvision=lambda p: partial(deform_torchvision, contiguous(p.leaves)),
         composite=deform_composite,
+        least=deforming_least,
         **common,
     )
 
@@ -769,6 +842,7 @@ def focal_cases() -> list[Case]:
             ours=lambda p: partial(focal, [p.logits], p),
             torchvision=lambda p: partial(focal_torchvision, [p.logits], one_hot(p)),
             composite=lambda p: partial(ops.focal_loss.sigmoid_focal_loss_composite, p.logits, p.labels, 2.0, 0.25),
+            least=lambda p, loss: Least(size_of(p.logits, p.labels, loss), FLOP_OF_FOCAL * p.logits.numel()),
             agreement=close(1e-4, 1e-5),
             target=1.5,
         ),
@@ -779,6 +853,9 @@ def focal_cases() -> list[Case]:
             ours=lambda p: gradient(focal, [p.logits], p),
             torchvision=lambda p: gradient(focal_torchvision, [p.logits], one_hot(p)),
             composite=focal_backward_composite,
+            least=lambda p, gradients: Least(
+                size_of(p.logits[:, 0], p.logits, p.labels, gradients), FLOP_OF_FOCAL_GRADIENT * p.logits.numel()
+            ),
             agreement=close(1e-4, 1e-6),
             target=1.5,
         ),
@@ -816,6 +893,15 @@ def convolve_by_torch(leaves: list[Tensor], p: Convolving) -> Tensor:
     return torch.nn.functional.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=1)
 
 
+def convolving_least(p: Convolving, output: Tensor) -> Least:
+    return Least(size_of(p.input, p.weight, p.bias, output), convolution_flop(output, p.weight))
+
+
+def convolving_gradient_least(p: Convolving, gradients: Sequence[Tensor]) -> Least:
+    """The output's gradient is as large as the input."""
+    return Least(size_of(p.input, p.input, p.weight, gradients), 2 * convolution_flop(p.input, p.weight))
+
+
 def convolution_case(backward: bool, dtype: torch.dtype) -> Case:
     leaves = lambda p: [p.input, p.weight, p.bias]  # noqa: E731
     timed = gradient if backward else (lambda way, tensors, p: partial(way, tensors, p))
@@ -827,6 +913,7 @@ def convolution_case(backward: bool, dtype: torch.dtype) -> Case:
         ours=ours,
         torchvision=peer,
         composite=peer,
+        least=convolving_gradient_least if backward else convolving_least,
         agreement=near(1e-5 if dtype == torch.float32 else 2e-2),
         way="torch",
         dtype=dtype,
@@ -874,6 +961,9 @@ def anchor_cases() -> list[Case]:
             ours=lambda p: partial(match, matching.match, p),
             torchvision=match_torchvision,
             composite=lambda p: partial(match, matching.match_composite, p),
+            least=lambda p, found: Least(
+                size_of(p.gt_boxes, p.anchors, found), FLOP_OF_MATCH * len(p.gt_boxes) * len(p.anchors)
+            ),
             agreement=Agreement("the same matches", _same_matches),
             composite_agreement=EQUAL,
             target=8.0,
@@ -885,6 +975,7 @@ def anchor_cases() -> list[Case]:
             ours=lambda p: partial(box_coder.encode, p.boxes, p.anchors, CODER_WEIGHTS),
             torchvision=coder_torchvision("encode_single"),
             composite=lambda p: partial(box_coder.encode_composite, p.boxes, p.anchors, CODER_WEIGHTS),
+            least=lambda p, deltas: Least(size_of(p.boxes, p.anchors, deltas), FLOP_OF_ENCODE * len(deltas)),
             agreement=FLOAT32,
         ),
         Case(
@@ -894,6 +985,7 @@ def anchor_cases() -> list[Case]:
             ours=lambda p: partial(box_coder.decode, p.deltas, p.anchors, CODER_WEIGHTS),
             torchvision=coder_torchvision("decode_single"),
             composite=lambda p: partial(box_coder.decode_composite, p.deltas, p.anchors, CODER_WEIGHTS, clip),
+            least=lambda p, boxes: Least(size_of(p.deltas, p.anchors, boxes), FLOP_OF_DECODE * len(boxes)),
             agreement=close(1e-4, 1e-2),  # pixels
         ),
         Case(
@@ -903,6 +995,7 @@ def anchor_cases() -> list[Case]:
             ours=lambda p: propose(ops.proposals.decode_and_clip, p),
             torchvision=lambda p: propose(ops.proposals.proposals_composite, p),
             composite=lambda p: propose(ops.proposals.proposals_composite, p),
+            least=proposing_least,
             agreement=close(1e-4, 1e-2),  # pixels
             way=VECTORIZED,
             target=1.0,
@@ -919,6 +1012,7 @@ def mask_cases() -> list[Case]:
             ours=lambda p: partial(masks.paste_masks_rle, p.masks, p.boxes, p.height, p.width),
             torchvision=lambda p: partial(paste_torchvision, p),
             composite=lambda p: partial(paste_composite, p),
+            least=pasting_least,
             agreement=SIMILAR_MASKS,
             composite_agreement=SAME_RLES,
             target=8.0,
@@ -930,6 +1024,7 @@ def mask_cases() -> list[Case]:
             ours=lambda p: partial(masks.polygon_targets, *p.packed, p.instance, p.boxes, 28),
             torchvision=draw_pycocotools,
             composite=lambda p: partial(masks.polygon_targets_composite, *p.packed, p.instance, p.boxes, 28),
+            least=lambda p, targets: Least(size_of(p.packed, p.instance, p.boxes, targets)),
             agreement=EQUAL,
             way="detectron2's way, pycocotools",
             target=2.0,
@@ -941,6 +1036,7 @@ def mask_cases() -> list[Case]:
             ours=lambda p: partial(masks.bitmap_targets, p.bitmaps, p.instance, p.boxes, 28, True),
             torchvision=crop_torchvision,
             composite=lambda p: partial(crop_composite, p),
+            least=cropping_least,
             agreement=FLOAT32,
         ),
     ]

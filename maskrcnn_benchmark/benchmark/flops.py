@@ -52,16 +52,47 @@ def training_flops(cfg: CfgNode, size: tuple[int, int], backward: bool = True) -
     """Forward, or forward and backward, of padded images of `size` (height, width)."""
 
     def count(model: RCNN, positives: int) -> int:
-        for head in model.heads_after_box:
-            for stage in getattr(head, "stages", [head]):  # of a cascade each is taken to have as many positives
-                stage.positives_per_image = positives
+        _hold_positives(model, positives)
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-            loss = sum(model.train()(*_meta_batch(size)).values())
+            loss = sum(model.train()(*_meta_batch(cfg, size)).values())
             if backward:
                 loss.backward()
         return counter.get_total_flops()
 
     return _linear(cfg, count)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A parameter's: how many values, and the share of the backward pass's FLOP that is done when it is there."""
+
+    name: str
+    values: int
+    ready: float
+
+
+def gradients(cfg: CfgNode, size: tuple[int, int], positives: int) -> list[Gradient]:
+    """In the order in which the backward pass of an image of `size` (height, width), with so many positive RoIs in the
+    mask head, makes them."""
+    model = build_model(cfg, Device(torch.device("meta"))).train()
+    _hold_positives(model, positives)
+    made: list[tuple[str, int, int]] = []
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        loss = sum(model(*_meta_batch(cfg, size)).values())
+        forward = counter.get_total_flops()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                note = lambda p, name=name: made.append((name, p.numel(), counter.get_total_flops() - forward))  # noqa: E731
+                parameter.register_post_accumulate_grad_hook(note)
+        loss.backward()
+        backward = counter.get_total_flops() - forward
+    return [Gradient(name, values, flop / backward) for name, values, flop in made]
+
+
+def _hold_positives(model: RCNN, positives: int) -> None:
+    for head in getattr(model, "heads_after_box", []):  # RetinaNet has none
+        for stage in getattr(head, "stages", [head]):  # of a cascade each is taken to have as many positives
+            stage.positives_per_image = positives
 
 
 @torch.no_grad()
@@ -71,7 +102,7 @@ def inference_flops(cfg: CfgNode, size: tuple[int, int]) -> Flops:
         if "box" in heads:
             heads["box"].detections_per_image = detections
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-            model.eval()(_meta_batch(size)[0])
+            model.eval()(_meta_batch(cfg, size)[0])
         return counter.get_total_flops()
 
     return _linear(cfg, count)
@@ -84,7 +115,7 @@ def _linear(cfg: CfgNode, count: Callable[[RCNN, int], int]) -> Flops:
     return Flops(fixed=2 * one - two, each=two - one)
 
 
-def _meta_batch(size: tuple[int, int], objects: int = 8) -> tuple[ImageBatch, Targets]:
+def _meta_batch(cfg: CfgNode, size: tuple[int, int], objects: int = 8) -> tuple[ImageBatch, Targets]:
     with torch.device("meta"):
         images = ImageBatch(
             torch.zeros(1, 3, *size, dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.int64), [size], [0]
@@ -95,7 +126,8 @@ def _meta_batch(size: tuple[int, int], objects: int = 8) -> tuple[ImageBatch, Ta
             torch.zeros(objects + 1, dtype=torch.int64),
         )
         labels = torch.zeros(1, objects, dtype=torch.int64)
-        return images, Targets(torch.zeros(1, objects, 4), labels, labels.bool(), masks)
+        points = torch.zeros(1, objects, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES, 3)
+        return images, Targets(torch.zeros(1, objects, 4), labels, labels.bool(), masks, points)
 
 
 def measured_peak(device: Device, dtype: torch.dtype, repeats: int = 5) -> tuple[float, str]:

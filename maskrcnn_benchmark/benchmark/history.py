@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config import flat, get_config
 from ..engine.checkpoint import write_atomically
 from ..errors import UserError
 from . import results
@@ -80,8 +81,12 @@ def append(path: Path, result: dict[str, Any]) -> None:
 
 
 def _condensed(case: dict[str, Any]) -> dict[str, Any]:
-    """A case with the medians of its processes in place of the samples, and of its work a fingerprint."""
-    work = json.dumps([case.get("config_sha256"), case["work"], case.get("warmup")], sort_keys=True)
+    """A case with the medians of its processes in place of the samples, and of its work a fingerprint: of the
+    configuration what is not the default, so that a commit that adds a key does not begin another series."""
+    config, defaults = case.get("config"), flat(get_config())
+    chosen = {key: value for key, value in (config or {}).items() if value != defaults.get(key)}
+    chosen = case.get("config_sha256") if config is None else chosen
+    work = json.dumps([chosen, case["work"], case.get("warmup")], sort_keys=True)
     metrics = {
         name: {"unit": value["unit"], "better": value["better"], "medians": results.process_medians(value)}
         for name, value in case["metrics"].items()

@@ -7,8 +7,9 @@
 
 `work` are the facts that must be equal for a comparison to mean anything: image sizes, batch, proposals, RoIs. A gated
 metric can fail a comparison. A merged file holds the samples of several processes, one after the other, and
-`process_samples` says how many each gave; without it they are of one. Beside its cases, `others_cpu_share` is the
-share of the machine's cores that others used while its processes ran: the median over processes.
+`process_samples` says how many each gave; without it they are of one. Clocks are all there too; the rest of a case is
+the first process's. Beside its cases, `others_cpu_share` is the share of the machine's cores that others used while its
+processes ran: the median over processes.
 """
 
 from __future__ import annotations
@@ -170,8 +171,9 @@ def _merge_case(same: list[dict[str, Any]]) -> dict[str, Any]:
                     f"{case.get(fact)}; fix the seed, the weights or the data"
                 )
     shared = {name: value for name, value in same[0]["metrics"].items() if all(name in c["metrics"] for c in same)}
-    fields = ("name", "kind", "config_sha256", "config", "dtype", "work", "warmup", "system", "op", "kernel")
-    facts = {field: same[0][field] for field in fields if field in same[0]}
+    facts = {field: value for field, value in same[0].items() if field not in ("metrics", "clocks")}
+    if "clocks" in same[0]:
+        facts["clocks"] = [ranks for case in same for ranks in case.get("clocks", [])]
     return facts | {"metrics": {name: _merge_metric([c["metrics"][name] for c in same]) for name in shared}}
 
 

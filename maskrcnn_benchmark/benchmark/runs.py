@@ -23,6 +23,7 @@ from ..data.coco import content_of
 from ..data.loader import test_loader, train_loader
 from ..device import Device, get_device
 from ..engine import distributed
+from ..engine.graphs import WARM_UP
 from ..errors import UserError
 from ..evaluation.coco import evaluate
 from ..evaluation.results import concatenate
@@ -131,6 +132,8 @@ def check(request: Request) -> None:
     ranks = distributed.world_size()
     if request.batch % ranks:
         raise UserError(f"a batch of {request.batch} images cannot be divided among {ranks} ranks")
+    if request.warmup <= eager_steps(request):
+        raise UserError(f"--warmup {request.warmup}: with SOLVER.GRAPH_CAPTURE the first {WARM_UP} steps are eager")
     model = request.cfg.MODEL
     if (model.RETINANET_ON or model.RPN_ONLY) and (request.training or request.against):
         raise UserError(
@@ -141,6 +144,11 @@ def check(request: Request) -> None:
         raise UserError("synthetic data has no keypoints: measure the training of MODEL.KEYPOINT_ON with --data real")
     if request.against and (ranks > 1 or request.data == "real"):
         raise UserError("--against works with synthetic data, in one process without ranks")
+
+
+def eager_steps(request: Request) -> int:
+    """Those before the captured ones."""
+    return WARM_UP if request.training and request.cfg.SOLVER.GRAPH_CAPTURE else 0
 
 
 # ---- sides
@@ -165,6 +173,9 @@ def make_side(request: Request, name: SideName, device: Device, workload: Worklo
         if training:
             return sides.training_side(cfg, device, dtype, batches, proposals)
         return sides.inference_side(cfg, device, dtype, batches, truth, proposals)
+    cfg = cfg.clone()  # a peer runs as it does by itself
+    cfg.defrost()
+    cfg.SOLVER.GRAPH_CAPTURE = False
     weights = sides.fresh_model(cfg, device, None if training else workload.images).state_dict()
     build = peers.training_side if training else peers.inference_side
     return build(cfg, device, dtype, workload, weights, name.channels_last)
@@ -207,7 +218,7 @@ def memory_alone(request: Request, name: SideName) -> float:
     cfg = request.cfg.clone()
     cfg.defrost()
     (cfg.SOLVER if request.training else cfg.TEST).IMS_PER_BATCH = request.batch // distributed.world_size()
-    alone = replace(request, cfg=cfg, warmup=1, steps=2, phase_steps=0)
+    alone = replace(request, cfg=cfg, warmup=1 + eager_steps(request), steps=2, phase_steps=0)
     with ProcessPoolExecutor(1, mp_context=spawn) as executor:
         return executor.submit(_peak_memory, alone, name, torch.get_num_threads()).result()
 
@@ -328,8 +339,9 @@ def case(
 def case_name(request: Request, name: SideName) -> str:
     size = "{}x{} ".format(*request.size) if request.data == "synthetic" else ""
     peer = "" if name.system == "ours" else f"{name.system} " + ("channels-last " if name.channels_last else "")
+    graph = "graph " if name.system == "ours" and request.training and request.cfg.SOLVER.GRAPH_CAPTURE else ""
     body = request.cfg.MODEL.BACKBONE.CONV_BODY
-    return f"{request.kind} {peer}{body} {size}batch {request.batch} {name.dtype} {request.data}"
+    return f"{request.kind} {peer}{graph}{body} {size}batch {request.batch} {name.dtype} {request.data}"
 
 
 def ratios(names: list[SideName], samples: Mapping[str, Samples]) -> list[dict[str, Any]]:

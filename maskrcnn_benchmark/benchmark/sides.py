@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ..device import Device
+from ..engine.graphs import StepGraphs
 from ..engine.nonfinite import Guard
 from ..engine.optim import make_optimizer, set_learning_rate
 from ..engine.train import parallelize, update
@@ -80,21 +81,26 @@ def training_side(
     elif cfg.MODEL.WEIGHT:
         load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE)
     model.train()
-    parallel = parallelize(model, device)
+    parallel = parallelize(model, device, cfg.DISTRIBUTED.BUCKET_MB)
+
+    def data(_: None) -> tuple[ImageBatch, Any]:
+        batch = next(batches)
+        side.sizes.append(tuple(batch[0].pixels.shape[-2:]))
+        return batch
 
     def forward(batch: tuple[ImageBatch, Any]) -> dict[str, Tensor]:
-        side.sizes.append(tuple(batch[0].pixels.shape[-2:]))
         with device.autocast(dtype):
             return parallel(*batch)
 
-    side.phases = {DATA: lambda _: next(batches), **training_phases(cfg, device, side, forward)}
+    side.phases = {DATA: data, **training_phases(cfg, device, side, forward)}
     device.synchronize()
     side.init_seconds = time.perf_counter() - started
     return side
 
 
 def training_phases(cfg: CfgNode, device: Device, side: Side, forward) -> Phases:
-    """forward: a batch -> losses by name. What follows is the same for every model."""
+    """forward: a batch -> losses by name. What follows is the same for every model. With SOLVER.GRAPH_CAPTURE the step
+    is one phase."""
     optimizer = make_optimizer(cfg, side.model, device)
     set_learning_rate(optimizer, LEARNING_RATE)
     scaler = torch.amp.GradScaler(device.type, enabled=side.dtype == torch.float16 and device.grad_scaler)
@@ -106,11 +112,35 @@ def training_phases(cfg: CfgNode, device: Device, side: Side, forward) -> Phases
         side.losses.append({name: value.detach() for name, value in values.items()})
         return sum(values.values())
 
-    return {
+    phases = {
         "forward": losses,
         "backward": lambda loss: scaler.scale(loss).backward(),
         "optimizer": lambda _: update(cfg, side.model, optimizer, scaler, guard),
     }
+    return captured(device, optimizer, side, phases) if cfg.SOLVER.GRAPH_CAPTURE else phases
+
+
+def captured(device: Device, optimizer: torch.optim.Optimizer, side: Side, phases: Phases) -> Phases:
+    """The phases of a training step as one, which is captured; the losses and counts that it leaves come out with it.
+
+    Raises:
+        DeviceError: the device records no graphs.
+    """
+    counts = {"sampled": side.counts.sampled, "mask_head": side.counts.mask_head}
+
+    def gradients(batches: list[Any]) -> dict[str, Tensor]:
+        phases["backward"](phases["forward"](*batches))
+        return side.losses.pop() | {name: values.pop() for name, values in counts.items()}
+
+    step = StepGraphs(device, optimizer, gradients, lambda: phases["optimizer"](None))
+
+    def whole(batch: Any) -> None:
+        made = step([batch])
+        for name, values in counts.items():
+            values.append(made.pop(name))
+        side.losses.append(made)
+
+    return {"step": whole}
 
 
 def inference_side(

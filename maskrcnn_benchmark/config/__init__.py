@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import logging
 from ast import literal_eval
 from collections.abc import Iterator, Sequence
@@ -21,8 +22,10 @@ from .defaults import get_defaults
 from .legacy import UPSTREAM, is_upstreams, translate
 
 BASE_KEY = "_BASE_"
-# Of a yaml file; all keys there are, dumped, take about 700.
-_MOST_NODES = 100_000
+# Of a yaml file; all keys there are, dumped, take about 700 values and 6,000 characters.
+_MOST_NODES, _MOST_CHARACTERS = 100_000, 1_000_000
+# That one file leads to; a file that names another one twice, and so on, is read 2^n times at depth n.
+_MOST_FILES = 100
 logger = logging.getLogger(__name__)
 
 
@@ -72,8 +75,11 @@ def _finish(cfg: CfgNode, overrides: Sequence[str]) -> CfgNode:
     return cfg
 
 
-def _read(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict]]:
-    """The file's bases, depth first, then the file: each with its own values."""
+def _read(path: Path, above: tuple[Path, ...] = (), count: Iterator[int] | None = None) -> Iterator[tuple[Path, dict]]:
+    """The file's bases, depth first, then the file: each with its own values. count: of the files read so far."""
+    count = count or itertools.count(1)
+    if next(count) > _MOST_FILES:
+        raise ConfigError(f"{above[0]}: {BASE_KEY} leads to more than {_MOST_FILES} files; the last in {above[-1]}")
     try:
         path = (above[-1].parent if above else Path()).joinpath(path.expanduser()).resolve()
     except (ValueError, RuntimeError) as error:  # what no name can hold; the home of nobody
@@ -81,7 +87,9 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict
     if path in above:
         raise ConfigError(f"{path}: {BASE_KEY} runs in a circle: {' -> '.join(p.name for p in (*above, path))}")
     try:
-        values = _parse(path.read_text(encoding="utf-8"), str(path))
+        if above and path.exists() and not path.is_file():  # a pipe or a terminal would be waited for
+            raise ConfigError(f"{above[-1]}: {BASE_KEY} names {path}, which is no file")
+        values = _parse(_text_of(path), str(path))
     except OSError as error:
         by = f" (named by {BASE_KEY} in {above[-1]})" if above else ""
         raise ConfigError(f"cannot read config file {path}{by}: {error.strerror}") from error
@@ -97,11 +105,19 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: {BASE_KEY} must be a path or a list of paths, not {bases!r}")
     for base in bases:
-        yield from _read(Path(base), (*above, path))
+        yield from _read(Path(base), (*above, path), count)
     yield path, values
 
 
+def _text_of(path: Path) -> str:
+    """Of a file, or of what a shell's <(...) gives; no more than _parse takes, for /dev/zero has no end."""
+    with open(path, encoding="utf-8") as file:
+        return file.read(_MOST_CHARACTERS + 1)
+
+
 def _parse(text: str, source: str) -> dict[str, Any]:
+    if len(text) > _MOST_CHARACTERS:
+        raise ConfigError(f"{source} has more than {_MOST_CHARACTERS:,} characters; no config file needs so many")
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()

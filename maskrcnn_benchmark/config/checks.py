@@ -55,6 +55,7 @@ POSITIVE = (
     "TEST.IMS_PER_BATCH",
     "LOGGING.PERIOD",
     "DISTRIBUTED.TIMEOUT",
+    "DISTRIBUTED.BUCKET_MB",
     "INPUT.MAX_SIZE_TRAIN",
     "INPUT.MIN_SIZE_TEST",
     "INPUT.MAX_SIZE_TEST",
@@ -409,6 +410,11 @@ def _check_solver(cfg: CfgNode) -> None:
     _require(
         solver.IMS_PER_BATCH % solver.ACCUMULATE_STEPS == 0,
         f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not divisible by ACCUMULATE_STEPS {solver.ACCUMULATE_STEPS}",
+    )
+    _require(
+        not (solver.GRAPH_CAPTURE and solver.OPTIMIZER == "ApexFusedSGD"),
+        "SOLVER.GRAPH_CAPTURE is True, but ApexFusedSGD takes its learning rate from the host, and a graph would keep"
+        " it; use SGD: torch's own is fused",
     )
     evaluated = (solver.EVAL_PERIOD or solver.SAVE_EPOCHS or cfg.PER_EPOCH_EVAL) and cfg.DATASETS.TEST
     _require(

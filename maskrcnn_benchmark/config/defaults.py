@@ -413,6 +413,9 @@ _C.SOLVER.CLIP_GRADIENTS_NORM = 0.0
 # (+) So many steps with a NaN or infinite gradient are left out, on all ranks alike, before one ends the run. float16's
 # scaler leaves out steps of its own, which do not count
 _C.SOLVER.SKIP_NONFINITE_STEPS = 0
+# (+) Record a training step as a graph of the device and replay it, a graph for each shape of a batch
+# (INPUT.FIXED_SHAPES keeps them few). Devices without graphs run eagerly and say so. One rank; docs/performance.md
+_C.SOLVER.GRAPH_CAPTURE = False
 # Iterations from one checkpoint to the next
 _C.SOLVER.CHECKPOINT_PERIOD = 2500
 # (+) Numbered checkpoints of this run kept on disk besides final and best; 0 keeps all
@@ -428,6 +431,9 @@ _C.DISTRIBUTED = CN()
 # (+) Seconds without progress after which a run of several ranks ends with the name of the rank that the others wait
 # for; they also wait while the main rank scores a large test set
 _C.DISTRIBUTED.TIMEOUT = 3600
+# (+) MB (2^20 bytes) of gradients that ranks average at a time, while the backward pass goes on. Torch's own choice: 1,
+# 5 and 100 were as fast on two ranks (docs/scaling.md)
+_C.DISTRIBUTED.BUCKET_MB = 25
 
 _C.MLPERF = CN()
 # Training stops at the first evaluation that reaches both; 0, 0: never

@@ -18,7 +18,10 @@ class RandomFlip:
     """Mirrors the image with a probability: "horizontal" (left and right) or "vertical" (top and bottom).
 
     plus_one: by maskrcnn-benchmark's arithmetic (geometry.py).
+    pixels: False leaves those of horizontal flips to the device (Compose.leave_mirroring).
     """
+
+    pixels = True
 
     def __init__(self, flip_ratio: float = 0.5, direction: str = "horizontal", plus_one: bool = False) -> None:
         self.prob = number(f"{type(self).__name__} probability", flip_ratio, 0, 1)
@@ -28,7 +31,7 @@ class RandomFlip:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if rng.random() >= self.prob:
             return sample
-        return geometry.mirror(sample, self.direction == "horizontal", self.plus_one)
+        return geometry.mirror(sample, self.direction == "horizontal", self.plus_one, self.pixels)
 
 
 class RandomHorizontalFlip(RandomFlip):

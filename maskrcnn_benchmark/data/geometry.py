@@ -39,11 +39,18 @@ def resize(sample: Sample, height: int, width: int, by: str = "opencv", plus_one
     return _move(sample, matrix, (0, 0), image, bitmaps, plus_one)
 
 
-def mirror(sample: Sample, horizontally: bool, plus_one: bool = False) -> Sample:
-    """Left becomes right (x becomes width - x, with plus_one width - 1 - x), or top becomes bottom."""
+def mirror(sample: Sample, horizontally: bool, plus_one: bool = False, pixels: bool = True) -> Sample:
+    """Left becomes right (x becomes width - x, with plus_one width - 1 - x), or top becomes bottom.
+
+    pixels: False notes in the sample that its pixels are still to be mirrored (horizontally alone).
+    """
     height, width = sample.size
     if horizontally:
-        image, matrix, shift = cv2.flip(sample.image, 1), np.diag([-1, 1]), (width - plus_one, 0)
+        image, matrix, shift = sample.image, np.diag([-1, 1]), (width - plus_one, 0)
+        if pixels:
+            image = cv2.flip(image, 1)
+        else:
+            sample = replace(sample, to_mirror=not sample.to_mirror)
     else:
         image, matrix, shift = cv2.flip(sample.image, 0), np.diag([1, -1]), (0, height - plus_one)
     bitmaps = sample.bitmaps

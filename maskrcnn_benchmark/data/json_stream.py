@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import orjson
+
 from ..errors import DataError
 
 CHUNK = 1 << 20  # characters
@@ -93,7 +95,8 @@ class _Window:
     def value(self) -> Any:
         """The next value, whole. Near the end of the window more is read, twice as much each time: so a broken value
         is not decoded over and over."""
-        self.peek()
+        if self.peek() == "{" and (found := self._object()) is not None:
+            return found
         chunk = CHUNK
         while True:
             try:
@@ -107,6 +110,20 @@ class _Window:
                     self.at = end
                     return value
             chunk *= 2
+
+    def _object(self) -> dict[str, Any] | None:
+        """The object here by orjson, three times as fast, if it holds no more than one other object (an RLE) and
+        nothing that orjson refuses: NaN, lone surrogates."""
+        end = self.at
+        for _ in range(2):
+            end = self.text.find("}", end) + 1
+            try:
+                found = orjson.loads(self.text[self.at : end])
+            except ValueError:
+                continue
+            self.at = end
+            return found
+        return None
 
     def _read_on(self, characters: int) -> bool:
         """Whether there was more."""

@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,12 +22,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from yacs.config import CfgNode
 
 from ..device import Device
-from ..device.base import Event
 from ..errors import ConfigError, DataError, UserError
 from ..structures import BitmapBatch, ImageBatch, PolygonBatch, Targets
 from .coco import CocoDataset
 from .samplers import InferenceSampler, TrainSampler
 from .slots import Slots
+from .transfer import IN_FLIGHT, transfer
 from .transforms import Compose, Sample, build_transforms, offsets_of
 
 # Epoch, place of the batch's first sample in the epoch over all ranks, image indices
@@ -37,8 +36,8 @@ Job = tuple[int, int, list[int]]
 Read = tuple[ImageBatch, Targets, tuple[int, ...] | None]
 # What workers pass batches through on Linux
 SHARED_MEMORY = Path("/dev/shm")
-# Batches that each worker prepares ahead; batches that may be on their way to the device meanwhile
-PREFETCH, IN_FLIGHT = 2, 3
+# Batches that each worker prepares ahead
+PREFETCH = 2
 # How long a worker lives on after SIGTERM
 LAST_SECONDS = 20
 
@@ -80,6 +79,7 @@ def collate(
         torch.tensor([sample.size for sample in samples]),
         [sample.original_size for sample in samples],
         [sample.image_id for sample in samples],
+        torch.tensor([sample.to_mirror for sample in samples]) if any(sample.to_mirror for sample in samples) else None,
     )
     masks = _collate_masks(samples, most, height, width)
     if bucketed and isinstance(masks, PolygonBatch):
@@ -218,6 +218,9 @@ def _no_shared_memory(error: Exception) -> DataError:
     return DataError(f"a batch does not fit into shared memory: {_SHM_HINT} ({error})")
 
 
+# What a rank meets that fetches a batch from a worker which has lost its connections and is dead a moment later: torch
+# speaks of those only that it finds dead. What a worker itself met begins with "Caught".
+_GONE = (ConnectionError, EOFError, FileNotFoundError)
 _SHM_HINT = (
     "lower DATALOADER.NUM_WORKERS or the batch size, or enlarge /dev/shm (docker run --shm-size=8g, or --ipc=host)"
 )
@@ -241,12 +244,9 @@ class TrainLoader:
         self.iterations_per_epoch = sampler.batches_per_epoch
 
     def __iter__(self) -> Iterator[tuple[ImageBatch, Targets]]:
-        return _one_ahead(self._on_device())
-
-    def _on_device(self) -> Iterator[tuple[ImageBatch, Targets]]:
         with _slots(self.workers, self.slot_bytes, self.device) as slots:
             batches = _read(replace(self.reader, slots=slots), self._jobs(), self.workers, self.device)
-            yield from _moved(batches, self.device)
+            yield from transfer(batches, self.device)
 
     def _jobs(self) -> Iterator[Job]:
         sampler = self.sampler
@@ -270,7 +270,7 @@ class InferenceLoader:
 
     def __iter__(self) -> Iterator[tuple[ImageBatch, list[int]]]:
         jobs = ((0, 0, indices) for indices in self.sampler)
-        batches = _one_ahead(_moved(_read(self.reader, jobs, self.workers, self.device), self.device))
+        batches = transfer(_read(self.reader, jobs, self.workers, self.device), self.device)
         for (images, _), indices in zip(batches, self.sampler):
             yield images, indices
 
@@ -323,6 +323,8 @@ test_loader.__test__ = False  # the name is the interface's; pytest would take i
 
 def _reader(cfg: CfgNode, dataset: CocoDataset, device: Device, training: bool) -> BatchReader:
     transforms = build_transforms(cfg, training)
+    if device.mirrors_images:
+        transforms.leave_mirroring()
     return BatchReader(
         dataset,
         transforms,
@@ -403,8 +405,9 @@ def _read(
             if shape is not None:
                 images = replace(images, pixels=reader.slots.view(number, tuple(shape)).permute(0, 3, 1, 2))
             yield images, targets
-    except RuntimeError as error:
-        if workers and str(error).startswith("DataLoader worker"):
+    except (RuntimeError, *_GONE) as error:
+        noticed = str(error).startswith("DataLoader worker")
+        if workers and (noticed or (isinstance(error, _GONE) and not str(error).startswith("Caught "))):
             raise DataError(f"a data worker died, perhaps out of memory; {_SHM_HINT}: {error}") from error
         raise
     finally:
@@ -467,29 +470,3 @@ def _slots(workers: int, bytes_each: int, device: Device) -> Iterator[Slots | No
         if pinned:
             device.synchronize()  # copies from it may be queued
             device.unpin(slots.memory)
-
-
-def _moved(batches: Iterable[tuple[ImageBatch, Targets]], device: Device) -> Iterator[tuple[ImageBatch, Targets]]:
-    """Batches on the device, always copied: the memory they come from is filled again. No more than IN_FLIGHT copies
-    are queued, so that a slot's copy is done before a worker gets it for a new batch."""
-    copies: deque[Event] = deque()
-    for images, targets in batches:
-        pixels = images.pixels.to(device.torch_device, non_blocking=True, copy=True)
-        moved = replace(images, pixels=pixels, sizes=images.sizes.to(device.torch_device, non_blocking=True))
-        targets = targets.to(device.torch_device, non_blocking=True)
-        copies.append(device.event())
-        copies[-1].record()
-        if len(copies) == IN_FLIGHT:
-            copies.popleft().synchronize()
-        yield moved, targets
-
-
-def _one_ahead(batches: Iterable[tuple[ImageBatch, Targets]]) -> Iterator[tuple[ImageBatch, Targets]]:
-    """The same, one later: the copy of the next batch is under way when one is handed out."""
-    ready = None
-    for batch in batches:
-        if ready is not None:
-            yield ready
-        ready = batch
-    if ready is not None:
-        yield ready

@@ -83,6 +83,7 @@ class Sample:
     polygons or bitmaps [G, H, W] uint8 of 0 and 1: the masks; both None without masks.
     keypoints: [G, K, 3] float32 (x, y, visibility), 0, 0, 0 where there is none; None without keypoints.
     keypoint_mirror: [K] the keypoint that each becomes in a mirror (left eye, right eye); None: all stay what they are.
+    to_mirror: the pixels of `image` are still to be mirrored left to right, which all else already is.
     image_id: the data set's id; image_index: 0..N-1 in the data set; original_size: (height, width) before transforms.
     """
 
@@ -96,6 +97,7 @@ class Sample:
     bitmaps: np.ndarray | None = None
     keypoints: np.ndarray | None = None
     keypoint_mirror: Sequence[int] | None = None
+    to_mirror: bool = False
 
     @property
     def size(self) -> tuple[int, int]:

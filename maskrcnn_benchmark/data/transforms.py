@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,13 @@ class Compose:
                     f"{type(transform).__name__} mixes images of a data set, and here is none: leave it out"
                 )
         return clip_to_image(sample)
+
+    def leave_mirroring(self) -> None:
+        """Leaves the pixels of horizontal flips to the device, where nothing after them looks at pixels."""
+        blind = (RandomFlip, ResizeShortSide, Resize, DropSmall, Padding, Normalize)
+        for transform in itertools.takewhile(lambda t: isinstance(t, blind), reversed(self.transforms)):
+            if isinstance(transform, RandomFlip):
+                transform.pixels = transform.direction != "horizontal"
 
     @property
     def size_divisibility(self) -> int:

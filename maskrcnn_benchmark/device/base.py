@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import DeviceError
+from .graphs import Graphs
 
 
 class Event(Protocol):
@@ -38,7 +39,9 @@ class Device:
     compacts: padded rows are dropped before the heads (see structures.flatten_valid): right where reading a size
         from the device costs nothing, wrong where it stalls a queue. Where it is False, a training step waits for
         nothing, and the loader pads the numbers of objects and polygon points to powers of two: shapes repeat.
+    mirrors_images: it mirrors training images itself, so that data workers need not.
     fused_optimizer: torch.optim's `fused=True` works on it.
+    graph_type: the class of its module that records work as a graph; empty where it has none. See `graphs`.
     gradient_views: its optimizers work on gradients that are views of DistributedDataParallel's buckets.
     optimizers: optimizers of the device's own, by SOLVER.OPTIMIZER's name; they replace torch's.
     """
@@ -50,7 +53,9 @@ class Device:
     pinned_memory: bool = False
     channels_last: bool = False
     compacts: bool = False
+    mirrors_images: bool = False
     fused_optimizer: bool = False
+    graph_type: str = ""
     gradient_views: bool = True
     optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = field(default_factory=dict)
 
@@ -107,6 +112,21 @@ class Device:
     def event(self) -> Event:
         """A mark to put into the device's queue of work, for timing without a wait."""
         return self.module.Event(enable_timing=True)
+
+    def graphs(self) -> Graphs:
+        """For work that is recorded and replayed; SOLVER.GRAPH_CAPTURE's steps.
+
+        Raises:
+            DeviceError: the device records none.
+        """
+        if not self.graph_type:
+            raise DeviceError(f"device {self.type} cannot record work as a graph; set SOLVER.GRAPH_CAPTURE to False")
+        return Graphs(self.module, self.graph_type)
+
+    def copy_stream(self) -> Any | None:
+        """A stream for copies beside the computation, by the device module; None where there is no pinned memory, from
+        which alone they run so."""
+        return self.module.Stream() if self.pinned_memory else None
 
     def autocast(self, dtype: torch.dtype) -> AbstractContextManager:
         """torch.autocast in `dtype`; nothing for float32."""

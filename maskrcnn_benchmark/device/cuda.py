@@ -66,7 +66,9 @@ def create(index: int | None) -> Device:
         dist_backend="nccl",
         pinned_memory=True,
         channels_last=True,
+        mirrors_images=True,
         fused_optimizer=True,
+        graph_type="CUDAGraph",
     )
 
 

@@ -28,6 +28,7 @@ def create(index: int | None) -> Device:
         torch.device("npu", index or 0),
         dist_backend="hccl",
         pinned_memory=True,
+        graph_type="NPUGraph",
         gradient_views=False,  # the fused optimizers lay gradients out for themselves
         optimizers={"SGD": torch_npu.optim.NpuFusedSGD, "AdamW": torch_npu.optim.NpuFusedAdamW},
     )

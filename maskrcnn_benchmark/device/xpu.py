@@ -19,6 +19,7 @@ def create(index: int | None) -> Device:
         dist_backend="xccl",
         pinned_memory=True,
         channels_last=True,
+        mirrors_images=True,
         fused_optimizer=True,
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
-from ..models.weights import check_match
+from ..models.weights import check_match, load_plain
 
 logger = logging.getLogger(__name__)
 
@@ -99,22 +98,13 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
-        _check_sums(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path, check_sums=True)
     except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
         reason = str(error).split("\n")[0]
         raise CheckpointError(f"cannot read checkpoint {path}: {reason} ({type(error).__name__})") from error
     if not isinstance(content, dict) or not content.keys() >= KEYS:
         raise CheckpointError(f"{path} is not a checkpoint of maskrcnn_benchmark; use it as MODEL.WEIGHT instead")
     return content
-
-
-def _check_sums(path: Path) -> None:
-    """torch writes a checksum for every tensor, but does not look at it when it reads."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
 
 
 def last(directory: Path) -> Path | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-import itertools
 import os
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -27,7 +28,6 @@ T = TypeVar("T")
 # Seconds that ranks wait for each other where nothing watches over them, and that a collective waits longer than the
 # watch does, which knows the name of the rank that did not come
 WAIT, LATER = 3600, 60
-_GROUPS = itertools.count()
 
 
 def rank() -> int:
@@ -55,12 +55,12 @@ def process_group(device: Device, timeout: float | None = None) -> Iterator[None
         return
     die_with_parent()
     store, rank, ranks = _meeting_place()
-    # A name for each group of this process: a second one would read where the first one's ranks listened
-    own = dist.PrefixStore(f"group{next(_GROUPS)}", store)
+    name = _common_name(store, rank, ranks)
     wait = timedelta(seconds=timeout + LATER if timeout else WAIT)
+    own = dist.PrefixStore(name, store)
     dist.init_process_group(device.dist_backend, timeout=wait, store=own, rank=rank, world_size=ranks)
     try:
-        with Watch(timeout) if timeout else nullcontext():
+        with Watch(timeout, name) if timeout else nullcontext():
             yield
             dist.barrier()  # a rank that leaves while another still works takes its connections with it
     finally:
@@ -74,6 +74,31 @@ def _meeting_place() -> tuple[dist.Store, int, int]:
     return next(dist.rendezvous("env://", timeout=timedelta(seconds=WAIT)))
 
 
+def _common_name(store: dist.Store, rank: int, ranks: int) -> str:
+    """A name for the group that these ranks are about to form, which no other group has had.
+
+    torchrun's store outlives the ranks that it starts anew, and under a name of before a rank would read where a former
+    one listened, and be refused. TORCHELASTIC_RESTART_COUNT is no name: it differs between nodes.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", own)
+        name = store.get(f"welcome/{own}").decode()
+        store.set(f"{name}/here/{rank}", b"")
+        return name
+    missing, end = set(range(1, ranks)), time.monotonic() + WAIT
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]):  # perhaps a former rank's, so again and again until it is here
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+            if store.check([f"{own}/here/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > end:
+            raise RuntimeError(f"Timed out waiting {WAIT} seconds for ranks {sorted(missing)}")
+        time.sleep(0.01)
+    return own
+
+
 def die_with_parent() -> None:
     """Ranks have sessions of their own, so a killed torchrun would leave them training; Linux can end them with it."""
     if sys.platform == "linux":
@@ -82,8 +107,9 @@ def die_with_parent() -> None:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this rank anew (--max-restarts): then the run resumes without being asked to."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    """Whether torchrun has started these ranks anew (--max-restarts): then the run resumes without being asked to. It
+    counts on the node where a rank failed, and not on those that start anew with it."""
+    return any(all_values(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
 
 
 def gather(value: Any) -> list[Any] | None:

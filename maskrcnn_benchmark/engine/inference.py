@@ -21,12 +21,15 @@ from ..errors import DataError
 from ..evaluation.results import Results, concatenate, detections_to_results
 from ..report.console import progress
 from ..report.run_files import file_stem
-from ..report.visualize import draw_results, side_by_side
+from ..report.visualize import PALETTE, draw, draw_results, side_by_side
 from . import distributed, scoring, watch
 from .checkpoint import write_atomically
 from .views import detect, results_options, view_configs
 
 logger = logging.getLogger(__name__)
+
+# So many of an image's proposals are drawn: all would hide it
+PROPOSALS = 20
 
 
 @torch.no_grad()
@@ -83,8 +86,9 @@ def run_model(
             continue
         path = output / "inference" / f"{file_stem(name)}.json"
         pictures = output / "predictions" / (path.stem if len(datasets) > 1 else "")
-        draw_pictures(dataset, results, pictures, cfg.LOGGING.PREDICTION_IMAGES)
-        judged_by = (tasks_of(cfg), tuple(cfg.TEST.METRICS), cfg.TEST.EVALUATOR, path, tuple(cfg.TEST.KEYPOINT_SIGMAS))
+        tasks = tasks_of(cfg)
+        draw_pictures(dataset, results, pictures, cfg.LOGGING.PREDICTION_IMAGES, "box_proposal" in tasks)
+        judged_by = (tasks, tuple(cfg.TEST.METRICS), cfg.TEST.EVALUATOR, path, tuple(cfg.TEST.KEYPOINT_SIGMAS))
         requests.append(scoring.Request(name, dataset.ground_truth(), dataset.image_ids, results, *judged_by))
     return requests or None
 
@@ -104,17 +108,29 @@ def combine(names: Iterable[str], scores: list[dict[str, Any]]) -> dict[str, Any
     return first | ({"datasets": further} if further else {})
 
 
-def draw_pictures(dataset: CocoDataset, results: Results, directory: Path, count: int) -> None:
+def draw_pictures(dataset: CocoDataset, results: Results, directory: Path, count: int, proposals: bool) -> None:
     """`count` images from all over the data set, each with its annotations on the left and the detections on the right;
-    always the same ones, so that runs can be compared."""
+    always the same ones, so that runs can be compared. proposals: the results are the RPN's."""
     directory.mkdir(parents=True, exist_ok=True)
     names = dict(zip(dataset.category_ids, dataset.category_names))
     limbs = dataset.skeleton.limbs if dataset.skeleton else None
     for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)).tolist():
         image, image_id = dataset.load(index).image, dataset.image_ids[index]
-        found = results.select(np.flatnonzero(results.image_ids == image_id)).to_list()
+        found = results.select(np.flatnonzero(results.image_ids == image_id))
         truth = [annotation for annotation in dataset.annotations(index) if not annotation["iscrowd"]]
-        pictures = [draw_results(image, objects, names, limbs=limbs) for objects in (truth, found)]
-        picture = side_by_side(*pictures, ("ground truth", "predictions"))
+        left = draw_results(image, truth, names, limbs=limbs)
+        if proposals:
+            picture = side_by_side(left, draw_proposals(image, found), ("ground truth", f"{PROPOSALS} best proposals"))
+        else:
+            right = draw_results(image, found.to_list(), names, limbs=limbs)
+            picture = side_by_side(left, right, ("ground truth", "predictions"))
         _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         write_atomically(directory / f"{image_id}.png", lambda file, png=png: file.write(png.tobytes()))
+
+
+def draw_proposals(image: np.ndarray, found: Results) -> np.ndarray:
+    """A copy of the image with its best proposals as boxes without words, for they have no class."""
+    best = np.argsort(-found.scores, kind="stable")[:PROPOSALS]
+    corners = np.concatenate([found.boxes[best, :2], found.boxes[best, :2] + found.boxes[best, 2:]], axis=1)
+    colors = [PALETTE[n % len(PALETTE)] for n in range(len(best))]
+    return draw(image, corners, [""] * len(best), colors=colors)

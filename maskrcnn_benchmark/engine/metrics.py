@@ -7,6 +7,7 @@ import logging
 import math
 import socket
 import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,48 +86,77 @@ class LossWindow:
         return BadStep(iteration, image_ids, dict(zip(self.names, rows[number].tolist())))
 
 
-class Pace:
-    """What a rank needs by itself for a step: reading data, and the forward passes, in which nobody waits for another.
+# What a step does on the device, in this order
+PHASES = ("forward", "backward", "optimizer")
 
-    The whole step tells nothing: every rank has the time of the slowest one.
+
+class Pace:
+    """Where a rank's time goes: to reading data, to the phases of a step on the device, to what lies between steps.
+
+    marked: False where steps are captured as graphs, whose phases nothing can tell apart.
     """
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self, device: Device, marked: bool = True) -> None:
+        self._device, self._marked = device, marked
         self._steps: list[tuple[float, float]] = []
-        self._forwards: list[tuple[Event, Event]] = []
+        self._marks: list[tuple[str, Event, Event]] = []
+        self._asides: list[tuple[str, float]] = []
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a forward pass; marks in the device's queue, no waiting."""
-        marks = self._device.event(), self._device.event()
-        marks[0].record()
+    def phase(self, name: str) -> Iterator[None]:
+        """Around one of PHASES; marks in the device's queue, no waiting. None in a step that is captured as a graph."""
+        if not self._marked:
+            yield
+            return
+        begin, end = self._device.event(), self._device.event()
+        begin.record()
         yield
-        marks[1].record()
-        self._forwards.append(marks)
+        end.record()
+        self._marks.append((name, begin, end))
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """Around what the host does between steps: `log` or `checkpoint`."""
+        begin = time.perf_counter()
+        yield
+        self._asides.append((name, time.perf_counter() - begin))
 
     def add(self, step_seconds: float, data_seconds: float) -> None:
         """One step: its whole time, and the part of it spent waiting for data."""
         self._steps.append((step_seconds, data_seconds))
 
-    def stragglers(self, share: float) -> list[str]:
-        """The ranks for which the others waited more than `share` of their steps since the last call, on every rank. To
-        be called where the device has been waited for."""
+    def read(self) -> dict[str, float]:
+        """Seconds a step, means since the last reading: `step`, `data`, PHASES where they are marked, `log`,
+        `checkpoint`. To be called where the device has been waited for."""
+        sums = dict.fromkeys(("step", "data", *(PHASES if self._marked else ()), "log", "checkpoint"), 0.0)
+        for step, data in self._steps:
+            sums["step"] += step
+            sums["data"] += data
+        for name, begin, end in self._marks:
+            sums[name] += begin.elapsed_time(end) / 1000
+        for name, seconds in self._asides:
+            sums[name] += seconds
         count = max(1, len(self._steps))
-        step, data = (sum(column) / count for column in zip(*self._steps))
-        forward = sum(begin.elapsed_time(end) for begin, end in self._forwards) / 1000 / count
-        self._steps.clear()
-        self._forwards.clear()
-        ranks = distributed.all_values((socket.gethostname(), step, data, forward))
-        slow = []
-        for rank, (host, step, data, forward) in enumerate(ranks):
-            others = [d + f for r, (_, _, d, f) in enumerate(ranks) if r != rank]
-            if others and data + forward - statistics.median(others) > share * step:
-                slow.append(
-                    f"rank {rank} on {host} is slow: in a step it gets its data in {data:.3f} s and goes forward in"
-                    f" {forward:.3f} s, the others do both in {statistics.median(others):.3f} s"
-                )
-        return slow
+        for samples in (self._steps, self._marks, self._asides):
+            samples.clear()
+        return {name: seconds / count for name, seconds in sums.items()}
+
+
+def stragglers(own: dict[str, float], share: float) -> list[str]:
+    """The ranks for which the others waited more than `share` of their steps, on every rank. own: of Pace.read.
+
+    Reading data and going forward are what a rank does by itself: in the rest it has the time of the slowest one.
+    """
+    ranks = distributed.all_values((socket.gethostname(), own["step"], own["data"], own.get("forward", 0.0)))
+    slow = []
+    for rank, (host, step, data, forward) in enumerate(ranks):
+        others = [d + f for r, (_, _, d, f) in enumerate(ranks) if r != rank]
+        if others and data + forward - statistics.median(others) > share * step:
+            slow.append(
+                f"rank {rank} on {host} is slow: in a step it gets its data in {data:.3f} s and goes forward in"
+                f" {forward:.3f} s, the others do both in {statistics.median(others):.3f} s"
+            )
+    return slow
 
 
 class MetricsWriter:

@@ -17,6 +17,7 @@ from ..config import dump
 from ..data.loader import train_loader
 from ..device import Device
 from ..errors import CheckpointError, ConfigError, NonFiniteLossError
+from ..models.weights import load_plain
 from ..structures import Batch, BitmapBatch, ImageBatch, PolygonBatch, Targets
 from . import distributed
 from .checkpoint import write_atomically
@@ -49,12 +50,13 @@ class Guard:
                 " on the device; set it to 0, or use SGD or AdamW where torch's is fused"
             )
         self.left_out = torch.zeros((), device=device.torch_device)
-        self._held = self.left_out
+        self._held = torch.zeros_like(self.left_out)
 
     def judge(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-        """Before the optimizer's step; norm: 0-dim, of its gradient."""
-        self.left_out = (~norm.isfinite()).float()
-        self._held = torch.maximum(self._held, self.left_out)
+        """Before the optimizer's step; norm: 0-dim, of its gradient. Its own tensors stay where they lie, so that a
+        captured step finds them."""
+        self.left_out.copy_(~norm.isfinite())
+        torch.maximum(self._held, self.left_out, out=self._held)
         if self.policy in ("skip", "stop"):  # the fused optimizers read what the scaler gives them by this name
             optimizer.found_inf = self.left_out if self.policy == "skip" else self._held
 
@@ -195,7 +197,7 @@ def read_dump(path: Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, or another kind of file.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path)
         if not isinstance(content, dict) or not content.keys() >= KEYS:
             raise ValueError("it is not a step that training wrote")
         batches = [tuple(_structure(part) for part in batch) for batch in content["batches"]]

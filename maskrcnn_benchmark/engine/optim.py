@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from ..device import Device
@@ -84,7 +84,8 @@ def make_schedule(cfg: CfgNode, steps_per_epoch: int) -> Schedule:
 def make_optimizer(cfg: CfgNode, model: nn.Module, device: Device) -> torch.optim.Optimizer:
     """SOLVER.OPTIMIZER over the trainable parameters: the device's own where it has one, fused where torch's can be.
 
-    Biases have their own learning rate factor and weight decay, as upstream; so there are two groups.
+    Biases have their own learning rate factor and weight decay, as upstream; so there are two groups. Where steps are
+    captured as graphs, torch's own take the learning rate from a tensor on the device: a graph would keep a number.
     """
     solver = cfg.SOLVER
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -100,6 +101,11 @@ def make_optimizer(cfg: CfgNode, model: nn.Module, device: Device) -> torch.opti
     if solver.OPTIMIZER == "ApexFusedSGD":
         return _apex_fused_sgd()(groups, lr=solver.BASE_LR, **options)
     kind = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}[solver.OPTIMIZER]
+    if solver.GRAPH_CAPTURE and device.graph_type:
+        for group in groups:
+            group["lr"] = torch.tensor(solver.BASE_LR, device=device.torch_device)
+        if solver.OPTIMIZER == "AdamW":
+            options["capturable"] = True
     optimizer = kind(groups, lr=solver.BASE_LR, fused=device.fused_optimizer, **options)
     if solver.OPTIMIZER == "SGD" and device.fused_optimizer and solver.MOMENTUM:
         for parameter in others + biases:
@@ -121,4 +127,8 @@ def _apex_fused_sgd() -> type[torch.optim.Optimizer]:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
+        value = lr * group["lr_factor"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value

@@ -103,18 +103,19 @@ _asked = threading.Event()
 
 
 class Watch:
-    """The thread of one rank among several. timeout: seconds without progress after which the run ends.
+    """The thread of one rank among several. timeout: seconds without progress after which the run ends. group: their
+    common name.
 
     It ends this process, with a line that says why, where the main thread cannot: when no rank has moved for `timeout`,
     when the main rank has left after SIGTERM, or when SIGTERM itself does not come through.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, group: str) -> None:
         self.timeout = timeout
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*address, is_master=False, wait_for_workers=False)  # the group's own may be blocked
-        self._store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self._store = dist.PrefixStore(f"{group}/watch", store)
         self._ended = threading.Event()
         self._signals, self._wake = os.pipe()
         os.set_blocking(self._wake, False)

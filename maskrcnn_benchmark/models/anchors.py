@@ -50,8 +50,9 @@ def grid_anchors(cell: Tensor, height: int, width: int, stride: tuple[float, flo
 
 
 class AnchorGenerator(nn.Module):
-    """Anchors of every level of a pyramid, kept for the shapes seen last: a run has few. A compiled graph makes its
-    own: what is kept would change from call to call, and each change would compile it anew.
+    """Anchors of every level of a pyramid, kept for the shapes seen first: a run has few. What is kept stays, for a
+    captured graph reads it where it lies. A compiled graph makes its own: what is kept would change from call to call,
+    and each change would compile it anew.
 
     sizes: for each level a tuple of anchor sides in pixels.
     strides: pixels from one position to the next, a level.
@@ -86,11 +87,12 @@ class AnchorGenerator(nn.Module):
         if torch.compiler.is_compiling():
             return self._make(shapes, image_shape, device)
         key = (tuple(shapes), image_shape, device)
-        if key not in self._cache:
-            if len(self._cache) == self.CACHED_SHAPES:
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[key] = self._make(shapes, image_shape, device)
-        return self._cache[key]
+        if key in self._cache:
+            return self._cache[key]
+        anchors = self._make(shapes, image_shape, device)
+        if len(self._cache) < self.CACHED_SHAPES:
+            self._cache[key] = anchors
+        return anchors
 
     def _make(self, shapes: list[tuple[int, int]], image_shape: tuple[int, int], device: torch.device) -> list[Tensor]:
         return [

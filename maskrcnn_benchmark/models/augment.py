@@ -27,7 +27,7 @@ def detect(model: RCNN | RetinaNet, views: list[tuple[ImageBatch, bool]]) -> Det
     parts: list[tuple[Tensor, ...]] = []
     for images, flipped in views:
         scale = (base.sizes / images.sizes).flip(1).repeat(1, 2)[:, None].to(torch.float32)
-        shown = _mirror(images) if flipped else images
+        shown = images.mirrored() if flipped else images
         features, padded = model.features(shown)
         boxes, *rest = model.candidates(features, padded, images.sizes)
         boxes = _mirror_boxes(boxes, images.sizes) if flipped else boxes
@@ -45,15 +45,6 @@ def detect(model: RCNN | RetinaNet, views: list[tuple[ImageBatch, bool]]) -> Det
         masks = mask_head.detect(features, replace(detections, boxes=boxes)).masks
         total = total + (masks.flip(-1) if flipped else masks)
     return replace(detections, masks=total / len(views))
-
-
-def _mirror(images: ImageBatch) -> ImageBatch:
-    """Each image mirrored within its own width; its padding stays on the right."""
-    width = images.sizes[:, 1:]
-    column = torch.arange(images.pixels.shape[-1], device=width.device)
-    source = torch.where(column < width, width - 1 - column, column)
-    index = source[:, None, None].expand(-1, *images.pixels.shape[1:3], -1)
-    return replace(images, pixels=images.pixels.gather(3, index))
 
 
 def _mirror_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from ..benchmark.compare import (
 from ..benchmark.history import Series, step_words
 from ..benchmark.timing import percentile
 from ..engine.checkpoint import write_atomically
-from ..errors import UserError
+from ..errors import UserError, visible
 from .charts import Line, Scale, fences, line_chart, quantity, x_axis
 from .page import FACTS, document, environments, table
 
@@ -140,8 +140,8 @@ def markdown(new: dict[str, Any], comparison: Comparison | None = None) -> str:
 
 
 def _plain(value: str) -> str:
-    """Text that Markdown leaves as it is."""
-    return "".join(f"\\{letter}" if letter in "\\|`*_<>[]" else letter for letter in value)
+    """Text that Markdown leaves as it is, and that a terminal shows."""
+    return "".join(f"\\{letter}" if letter in "\\|`*_<>[]" else letter for letter in visible(value))
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -41,14 +41,16 @@ class Scale:
 
     def __init__(self, low: float, high: float, room: float = 0.04) -> None:
         margin = (high - low) * room if high > low else abs(high) * 0.02 or 1.0
-        self.low, self.high = low - margin, high + margin
+        self.low, self.high, self._only = low - margin, high + margin, None if high > low else low
 
     def percent(self, value: float) -> float:
         """Clamped to the drawing."""
         return round(100 * min(1.0, max(0.0, (value - self.low) / (self.high - self.low))), 2)
 
     def ticks(self) -> list[float]:
-        """Two to six round values within."""
+        """Two to six round values within; the value itself where there is no other."""
+        if self._only is not None:
+            return [self._only]
         rough = (self.high - self.low) / 5
         size = 10 ** math.floor(math.log10(rough))
         step = next(factor * size for factor in (1, 2, 2.5, 5, 10) if factor * size >= rough)
@@ -78,7 +80,7 @@ def x_axis(scale: Scale, bottom: int, unit: str) -> Iterator[str]:
 @dataclass(frozen=True)
 class Line:
     """A curve: name in the legend; x, y: [N] float64, finite; color: 0 to 5 of the page's. low, high: [N], a band.
-    words: of each point, in place of its values."""
+    words: of each point, in place of its values. told: [N], the values that points tell, where they are not y."""
 
     name: str
     x: np.ndarray
@@ -87,6 +89,7 @@ class Line:
     low: np.ndarray | None = None
     high: np.ndarray | None = None
     words: Sequence[str] = ()
+    told: np.ndarray | None = None
 
     @classmethod
     def thinned(cls, name: str, x: np.ndarray, y: np.ndarray, color: int = 0) -> Line:
@@ -100,6 +103,11 @@ class Line:
         counts = np.diff([*edges, len(y)])
         x, mean = (np.add.reduceat(values, edges) / counts for values in (x, y))
         return cls(name, x, mean, color, np.minimum.reduceat(y, edges), np.maximum.reduceat(y, edges))
+
+    @property
+    def values(self) -> np.ndarray:
+        """[N] what points tell under the pointer."""
+        return self.y if self.told is None else self.told
 
     def reach(self) -> np.ndarray:
         """All ordinates that are drawn."""
@@ -128,7 +136,7 @@ def line_chart(
         return ""
     every = np.concatenate([line.reach() for line in lines])
     low, high = limits or (float(every.min()), float(every.max()))
-    beyond = int(sum(((line.y < low) | (line.y > high)).sum() for line in lines))
+    beyond = len({at for line in lines for at in line.x[(line.y < low) | (line.y > high)].tolist()})
     x = Scale(min(line.x[0] for line in lines), max(line.x[-1] for line in lines), room=0.0)
     y = Scale(low, high)
     parts = [*_y_axis(y, height), *(_ends(ends, height) if ends else x_axis(x, height, along))]
@@ -139,7 +147,7 @@ def line_chart(
     few = all(len(line.y) <= _DOTS or line.words for line in lines)
     parts += _dots(lines, x, y, height, unit, along) if few else _columns(lines, x, height, unit, along)
     keys = "".join(f' <span class="key c{line.color}">{escape(line.name)}</span>' for line in lines if line.name)
-    said += f"; {beyond} points lie beyond the axis, at its ends" if beyond else ""
+    said += f"; {beyond} point{'s lie' if beyond > 1 else ' lies'} beyond the axis, at its ends" if beyond else ""
     caption = f"<b>{escape(title)}</b>, {escape(unit)}{escape(said)}{keys}"
     label = escape(f"{title}, {unit}, over {along}{said}", quote=True)
     return (
@@ -176,7 +184,8 @@ def _curve(line: Line, x: Scale, y: Scale, height: int) -> Iterator[str]:
 def _dots(lines: Sequence[Line], x: Scale, y: Scale, height: int, unit: str, along: str) -> Iterator[str]:
     for line in lines:
         for i, (a, b) in enumerate(zip(line.x.tolist(), line.y.tolist())):
-            words = escape(line.words[i] if line.words else f"{along} {a:g}: {line.name} {quantity(b, unit)}")
+            said = quantity(float(line.values[i]), unit)
+            words = escape(line.words[i] if line.words else f"{along} {a:g}: {line.name} {said}")
             place = f'cx="{x.percent(a)}%" cy="{height - height * y.percent(b) / 100:.1f}"'
             yield f'<circle class="dot c{line.color}" {place} r="3"><title>{words}</title></circle>'
 
@@ -187,7 +196,7 @@ def _columns(lines: Sequence[Line], x: Scale, height: int, unit: str, along: str
     for column in range(_COLUMNS):
         at = x.low + (x.high - x.low) * (column + 0.5) / _COLUMNS
         near = [(line, int(np.abs(line.x - at).argmin())) for line in lines]
-        words = "; ".join(f"{line.name} {number(float(line.y[i]))}".strip() for line, i in near)
+        words = "; ".join(f"{line.name} {number(float(line.values[i]))}".strip() for line, i in near)
         said = escape(f"{along} {near[0][0].x[near[0][1]]:.0f}: {words} {unit}")
         place = f'x="{column * width:.2f}%" y="0" width="{width:.2f}%" height="{height}"'
         yield f'<rect class="column" {place}><title>{said}</title></rect>'

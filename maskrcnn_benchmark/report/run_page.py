@@ -24,13 +24,14 @@ FILE = "report.html"
 _SIDE, _ALL_PICTURES = 900, 2_000_000
 # task -> its name, and the score that stands for it
 _TASKS = {"box_proposal": ("Proposals", "AR@1000"), "bbox": ("Box", "AP"), "segm": ("Mask", "AP")}
-_TASKS |= {"keypoints": ("Keypoint", "AP")}
+_TASKS |= {"keypoints": ("Keypoint", "AP"), "voc07": ("VOC 2007 box", "AP50"), "voc": ("VOC box", "AP50")}
+_TASKS |= {"cityscapes": ("Cityscapes mask", "AP")}
 _STYLE = (
     accuracy.STYLE
     + """
-.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr));gap:10px;margin:12px 0}
+.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(50% - 5px,11.5rem),1fr));gap:10px;margin:12px 0}
 .facts div{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:8px 12px}
-.facts b{display:block;font-size:1.25rem;font-variant-numeric:tabular-nums}
+.facts b{display:block;font-size:1.05rem;font-variant-numeric:tabular-nums}
 .facts span{color:var(--soft);font-size:.87rem}
 .pictures.pairs{grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr))}
 .pictures.pairs img{width:100%}
@@ -109,7 +110,7 @@ def facts(run: RunFiles) -> list[Fact]:
         Fact("Evaluation speed", None if trained else performance.get("images_per_second"), _in("images/s")),
         Fact("Step, median", (speed.get("step_ms") or {}).get("p50"), _in("ms")),
         Fact("Step, 99th percentile", (speed.get("step_ms") or {}).get("p99"), _in("ms")),
-        Fact("Waiting for data", None if wait is None else 100 * wait, _in("% of time")),
+        Fact("Waiting for data", None if wait is None else 100 * wait, lambda value: f"{value:.1f} % of time"),
         Fact("Peak memory", memory, _in("MB")),
         Fact("Iterations", run.iterations or None, lambda value: f"{value:,.0f}"),
         Fact("Training time", float(_seconds(run.metrics).sum()) or None, _duration),
@@ -170,7 +171,8 @@ def _summary(runs: Sequence[RunFiles]) -> str:
         return f'<div class="facts">{"".join(tiles)}</div>'
     by_name = [{fact.name: fact for fact in facts(run)} for run in runs]
     rows = []
-    for name in dict.fromkeys(name for side in by_name for name in side):
+    names = dict.fromkeys(name for side in by_name for name in side)
+    for name in sorted(names, key=lambda name: any(side[name].relative for side in by_name if name in side)):
         sides = [side.get(name) for side in by_name]
         if any(fact and fact.value is not None for fact in sides):
             first = sides[0].value if sides[0] else None
@@ -280,34 +282,48 @@ def _losses(runs: Sequence[RunFiles]) -> str:
 def _speed(runs: Sequence[RunFiles]) -> str:
     charts = [_curves(runs, "Throughput", "images/s over all devices", "images_per_second", fenced=True)]
     if len(runs) == 1:
-        charts.append(_breakdown(runs[0].metrics))
+        charts.append(_step_time(runs[0].metrics))
     else:
         charts.append(_curves(runs, "Step", "ms", "time", 1000, fenced=True))
-        charts.append(_curves(runs, "Waiting for data", "ms a step", "data_time", 1000, fenced=True))
+        for column, name in {"data_time": "waiting for data", **_PHASES}.items():
+            charts.append(_curves(runs, name.capitalize(), "ms a step", column, 1000, fenced=True))
     charts.append(_curves(runs, "Peak memory so far", "MB a device", "max_memory_mb"))
     return _grid(charts) + "".join(_where_time_went(run, len(runs) > 1) for run in runs)
 
 
-def _breakdown(metrics: Columns) -> str:
-    """A step's time, and in it the wait for data, as areas on each other."""
+# column of metrics.jsonl -> what it is called, from the bottom of a step to its top
+_PHASES = {"forward_time": "forward", "backward_time": "backward", "optimizer_time": "optimizer"}
+_BETWEEN = {"log_time": "logs and reports", "checkpoint_time": "checkpoints"}
+
+
+def _breakdown(metrics: Columns) -> dict[str, np.ndarray]:
+    """Part of a step -> [N] seconds, lines without a number as 0. Together they are the step: where the device works
+    while the host waits for data, only what the wait adds to the device's phases counts."""
     if not {"time", "data_time"} <= metrics.keys():
-        return ""
-    step = Line.thinned("step", metrics["iter"], metrics["time"] * 1000)
-    wait = Line.thinned("of it waiting for data", metrics["iter"], metrics["data_time"] * 1000, 1)
-    if not len(step.y) or len(step.y) != len(wait.y):
-        return ""
-    areas = [
-        Line(step.name, step.x, step.y, step.color, wait.y, step.y),
-        Line(wait.name, wait.x, wait.y, wait.color, np.zeros_like(wait.y), wait.y),
-    ]
-    return line_chart("Step time", "ms", areas, "iteration", (0.0, fences(step.y)[1]))
+        return {}
+    parts = {name: np.nan_to_num(metrics[column]) for column, name in _PHASES.items() if column in metrics}
+    left = np.maximum(0.0, np.nan_to_num(metrics["time"]) - sum(parts.values()))
+    parts["waiting for data"] = np.minimum(left, np.nan_to_num(metrics["data_time"]))
+    parts["all else" if len(parts) > 1 else "computing"] = left - parts["waiting for data"]
+    return parts
+
+
+def _step_time(metrics: Columns) -> str:
+    """A step's parts as areas on each other."""
+    areas, low = [], 0.0
+    for color, (name, seconds) in enumerate(_breakdown(metrics).items()):
+        part = Line.thinned(name, metrics["iter"], seconds * 1000, color)
+        high = low + part.y
+        areas.append(Line(name, part.x, high, color, np.broadcast_to(low, high.shape), high, told=part.y))
+        low = high
+    return line_chart("Step time", "ms", areas, "iteration", (0.0, fences(low)[1])) if areas and len(low) else ""
 
 
 def _where_time_went(run: RunFiles, several: bool) -> str:
-    """Seconds of the whole run: waiting for data, computing, evaluating."""
+    """Seconds of the whole run: the parts of its steps, and what was between them."""
     steps = np.diff(run.metrics["iter"], prepend=0.0) if run.metrics else np.zeros(0)
-    waiting = float((np.nan_to_num(run.metrics["data_time"]) * steps).sum()) if "data_time" in run.metrics else 0.0
-    parts = {"waiting for data": waiting, "computing": float(_seconds(run.metrics).sum()) - waiting}
+    between = {name: np.nan_to_num(run.metrics[column]) for column, name in _BETWEEN.items() if column in run.metrics}
+    parts = {name: float((seconds * steps).sum()) for name, seconds in (_breakdown(run.metrics) | between).items()}
     parts["evaluating"] = float(np.nansum(run.evaluations.get("eval_seconds", np.zeros(0))))
     total = sum(parts.values())
     if not total:
@@ -367,9 +383,13 @@ def _pictures(runs: Sequence[RunFiles]) -> str:
     if not order:
         return ""
     more = f" {left} more images are in predictions/." if left else ""
+    judged = any(picture.counts for shown in order for _, picture in shown)
+    said = "what was found on the right"
+    if judged:
+        said = "detections of score .5 or more on the right; the worst by F1 at an IoU of .5 first"
     return (
-        '<p class="soft">Ground truth on the left, detections of score .5 or more on the right; the worst by F1 at an '
-        f'IoU of .5 first. A click enlarges.{more}</p><div class="pictures pairs">{"".join(figures)}</div>'
+        f'<p class="soft">Ground truth on the left, {said}. A click enlarges.{more}</p>'
+        f'<div class="pictures pairs">{"".join(figures)}</div>'
     )
 
 

@@ -67,7 +67,8 @@ def draw(
 ) -> np.ndarray:
     """A copy of the image with N objects drawn on it, the highest score on top; without scores the smallest.
 
-    boxes: [N, 4] xyxy pixels. names: N, in any script. masks: N, [H, W] bool or COCO RLEs, or None.
+    boxes: [N, 4] xyxy pixels. names: N, in any script; with neither name nor score an object has no label.
+    masks: N, [H, W] bool or COCO RLEs, or None.
     colors: N; by default each name has its own, the same in every picture. keypoints: N, [K, 3] (x, y, score or
     visibility) or None; limbs: pairs of 0..K-1 that lines join.
     """
@@ -185,7 +186,8 @@ def _draw_skeleton(
 def _draw_labels(
     canvas: np.ndarray, boxes: np.ndarray, texts: list[str], colors: Sequence[Color], order: list[int]
 ) -> np.ndarray:
-    """Labels at their boxes, where possible not on one another. The topmost object chooses its place first."""
+    """Labels at their boxes, where possible not on one another. The topmost object chooses its place first. Objects
+    without a text have none."""
     height, width = canvas.shape[:2]
     font = _font(_text_size(min(height, width)))
     if any(character >= _FIRST_CJK for text in texts for character in text):
@@ -194,6 +196,7 @@ def _draw_labels(
     label_height = sum(font.getmetrics()) + pad
     texts = [_shorten(text, font, width - 2 * pad) for text in texts]
     places: dict[int, Rect] = {}
+    order = [i for i in order if texts[i]]
     for i in reversed(order):
         label_width = round(font.getlength(texts[i])) + 2 * pad
         places[i] = _free_place(boxes[i], (label_width, label_height), (width, height), list(places.values()))

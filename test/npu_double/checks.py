@@ -7,9 +7,14 @@ import math
 import pytest
 import torch
 import torch_npu
+from test_models import SMALL, TINY, make_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from maskrcnn_benchmark import ops
+from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.models.build import build_model
 
 DEVICE = get_device("npu")
 NPU = DEVICE.torch_device
@@ -319,3 +324,38 @@ def test_masks_by_composites(rng):
     arguments = points, offsets, instances, torch.zeros(2, dtype=torch.int64), random_boxes(rng, 2, size=12)
     drawn = ops.masks.polygon_targets(*(t.to(NPU) for t in arguments), 28)
     assert torch.equal(drawn.cpu(), ops.masks.polygon_targets(*arguments, 28))
+
+
+# ---------------------------------------------------------------------------------------------- the step
+
+
+class HostTensors(TorchDispatchMode):
+    """Notes operators that read or give a tensor of the host. Numbers, 0-dim there, go to a kernel as they are; all
+    else is copied to the device, for which a captured step has no place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.seen = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        self.seen += 1
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.device.type == "cpu" and tensor.dim() > 0 for tensor in tensors):
+            self.found.append(operator._schema.name)
+        return result
+
+
+def test_a_training_steps_gradients_touch_no_tensor_of_the_host():
+    torch.manual_seed(0)
+    model = build_model(get_config(SMALL, TINY), DEVICE)
+    images, targets = (part.to(NPU) for part in make_batch())
+    sum(model(images, targets).values()).backward()  # the first makes what is kept
+    with HostTensors() as host:
+        sum(model(images, targets).values()).backward()
+    assert host.seen > 500 and not host.found, host.found
+    with HostTensors() as host:
+        images.pixels[torch.tensor([1, 0], device=NPU)] + torch.ones(3, 96, 128).to(NPU)
+        images.pixels * 2
+    assert len(host.found) >= 2, "what is counted"

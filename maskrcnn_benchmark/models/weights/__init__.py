@@ -3,7 +3,7 @@
 from .catalog import CATALOG, cache_dir, fetch, resolve
 from .changes import Conventions
 from .convert import DERIVED, LAYOUTS, Conversion, convert, from_ours, to_ours, without_derived
-from .files import check_suffix, content_of, read, write
+from .files import check_suffix, content_of, load_plain, read, write
 from .load import check_match, conventions_of, inflate, load_weights
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "fetch",
     "from_ours",
     "inflate",
+    "load_plain",
     "load_weights",
     "read",
     "resolve",

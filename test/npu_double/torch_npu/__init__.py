@@ -7,6 +7,7 @@ counts are written there when the process ends.
 
 import atexit
 import collections
+import contextlib
 import json
 import os
 import time
@@ -56,7 +57,19 @@ class Event:
         return 1000 * (end.moment - self.moment)
 
 
-npu.Event = Event
+class Stream:
+    """Work is done when it is queued, so none waits for another."""
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+    def wait_event(self, event: Event) -> None:
+        pass
+
+
+npu.Event, npu.Stream = Event, Stream
+npu.current_stream = Stream
+npu.stream = contextlib.nullcontext
 
 torch.utils.rename_privateuse1_backend("npu")
 torch._register_device_module("npu", npu)

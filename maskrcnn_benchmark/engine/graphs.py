@@ -1,0 +1,132 @@
+"""SOLVER.GRAPH_CAPTURE: training steps recorded as graphs of the device, one for each shape of their batches."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from ..device import Device
+from ..errors import ConfigError
+from ..structures import ImageBatch, Targets
+from . import distributed
+
+logger = logging.getLogger(__name__)
+
+Batches = list[tuple[ImageBatch, Targets]]
+Losses = dict[str, Tensor]
+
+# Steps of a shape that run as they are before the next one is recorded: torch's documents want 3
+WARM_UP = 3
+# Shapes that are recorded. Two padded shapes of the images, some three sizes of G and of the packed polygons each
+MOST_GRAPHS = 32
+
+
+def asked_for(cfg: CfgNode, device: Device) -> bool:
+    """Whether steps are to be captured; where the device cannot, the log says that they run eagerly.
+
+    Raises:
+        ConfigError: there are several ranks.
+    """
+    if not cfg.SOLVER.GRAPH_CAPTURE:
+        return False
+    if not device.graph_type:
+        logger.info("SOLVER.GRAPH_CAPTURE: device %s records no graphs, so steps run eagerly", device.type)
+        return False
+    if distributed.world_size() > 1:
+        raise ConfigError(
+            f"SOLVER.GRAPH_CAPTURE is True with {distributed.world_size()} ranks: the exchange of gradients inside a"
+            " graph has not been tested on hardware; set it to False"
+        )
+    return True
+
+
+class StepGraphs:
+    """A training step that is captured per shape: first it runs eagerly, WARM_UP times a shape, then it is recorded,
+    from then on replayed. Every call is a step of training, and in whatever way it runs it computes the same.
+
+    gradients: batches -> losses by name; leaves gradients. update: the parameters, from the gradients; it is recorded
+    along where all it reads lies on the device.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        optimizer: torch.optim.Optimizer,
+        gradients: Callable[[Batches], Losses],
+        update: Callable[[], None],
+    ) -> None:
+        self._graphs, self._optimizer = device.graphs(), optimizer
+        self._gradients, self._update = gradients, update
+        # A device's own optimizers take a number, which a graph would keep
+        self._whole = all(isinstance(group["lr"], Tensor) for group in optimizer.param_groups)
+        self._seen: Counter[tuple] = Counter()
+        self._captured: dict[tuple, tuple[Batches, Callable[[], None], Losses]] = {}
+        self._told = False
+
+    def __call__(self, batches: Batches) -> Losses:
+        """The losses are the caller's: a later step does not change them."""
+        shapes = tuple((t.shape, t.dtype) for t in _tensors(batches))
+        if shapes not in self._captured:
+            self._seen[shapes] += 1
+            if self._seen[shapes] <= WARM_UP or not self._has_room():
+                return self._eager(batches)
+            self._captured[shapes] = self._capture(batches)
+        inputs, replay, losses = self._captured[shapes]
+        for mine, given in zip(_tensors(inputs), _tensors(batches)):
+            mine.copy_(given)
+        replay()
+        kept = {name: loss.clone() for name, loss in losses.items()}
+        if not self._whole:
+            self._update()
+        return kept
+
+    def _eager(self, batches: Batches) -> Losses:
+        with self._graphs.warm_up():
+            losses = self._gradients(batches)
+            self._update()
+        return losses
+
+    def _has_room(self) -> bool:
+        room = len(self._captured) < MOST_GRAPHS
+        if not room and not self._told:
+            self._told = True
+            logger.warning(
+                "SOLVER.GRAPH_CAPTURE: steps of %d shapes are captured, those of further ones run eagerly;"
+                " INPUT.FIXED_SHAPES keeps shapes few",
+                MOST_GRAPHS,
+            )
+        return room
+
+    def _capture(self, batches: Batches) -> tuple[Batches, Callable[[], None], Losses]:
+        """Inputs of this step's shapes, what replays the step on them, and where it leaves the losses."""
+        inputs = [tuple(part.clone() for part in batch) for batch in batches]
+        if not self._whole:
+            self._check_gradients_stay()
+
+        def work() -> Losses:
+            losses = self._gradients(inputs)
+            if self._whole:
+                self._update()
+            return losses
+
+        logger.info("capturing a training step, %d of at most %d", len(self._captured) + 1, MOST_GRAPHS)
+        return (inputs, *self._graphs.capture(work))
+
+    def _check_gradients_stay(self) -> None:
+        """A graph adds to gradients where they lay; an optimizer outside of it must find them there."""
+        for group in self._optimizer.param_groups:
+            if any(parameter.grad is None for parameter in group["params"]):
+                name = type(self._optimizer).__name__
+                raise ConfigError(
+                    f"SOLVER.GRAPH_CAPTURE is True, but {name} takes its learning rate from the host and drops the"
+                    " gradients of a step, which no graph can follow; set it to False"
+                )
+
+
+def _tensors(batches: Batches) -> list[Tensor]:
+    return [tensor for batch in batches for part in batch for tensor in part.tensors()]
