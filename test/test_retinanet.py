@@ -165,6 +165,16 @@ def test_clipping_after_nms():
     assert ((found.boxes >= 0) & (found.boxes <= limit)).all() and found.valid.sum() > 100
 
 
+def test_boxes_without_area_are_dropped_where_asked():
+    """Every box moved far to the left is nothing but an edge."""
+    images, _ = make_batch()
+    for drop, left in (("False", True), ("True", False)):
+        model = retinanet("MODEL.RETINANET.INFERENCE_TH", "0.0", "MODEL.RETINANET.DROP_EMPTY", drop).eval()
+        torch.nn.init.constant_(model.rpn["head"].bbox_pred.bias.data.view(9, 4)[:, 0], -1e4)
+        with torch.no_grad():
+            assert bool(model(images).valid.any()) == left
+
+
 def test_views_are_put_together():
     model = retinanet("MODEL.RETINANET.INFERENCE_TH", "0.0").eval()
     images, _ = make_batch()
@@ -187,7 +197,8 @@ def test_a_step_never_waits_for_the_device(normalizer, monkeypatch):
 
 def test_a_step_compiles_as_one_graph():
     """That of the normalizer which changes a buffer."""
-    overrides, batch = ("MODEL.RETINANET.LOSS_NORMALIZER", "moving_average"), make_batch()
+    overrides = ("MODEL.RETINANET.LOSS_NORMALIZER", "moving_average", "MODEL.RETINANET.NUM_CONVS", "1")
+    batch = make_batch()
     eager = step(retinanet(*overrides, compacts=False), batch)
     torch._dynamo.reset()
     compiled = torch.compile(retinanet(*overrides, compacts=False), fullgraph=True, backend="aot_eager", dynamic=False)

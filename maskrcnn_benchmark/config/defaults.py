@@ -151,6 +151,8 @@ _C.MODEL.RETINANET.INFERENCE_TH = 0.05
 _C.MODEL.RETINANET.NMS_TH = 0.4
 # (+) Boxes are cut to the image before NMS, or after it (detectron2)
 _C.MODEL.RETINANET.CLIP_BEFORE_NMS = True
+# (+) Boxes of which that leaves nothing are no candidates (MMDetection)
+_C.MODEL.RETINANET.DROP_EMPTY = False
 
 _C.MODEL.GROUP_NORM = CN()
 # Channels of a group, or -1 to use NUM_GROUPS

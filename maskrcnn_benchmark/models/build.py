@@ -80,6 +80,7 @@ def build_retinanet(cfg: CfgNode, device: Device) -> RetinaNet:
         score_threshold=keys.INFERENCE_TH,
         nms_threshold=keys.NMS_TH,
         clip_before_nms=keys.CLIP_BEFORE_NMS,
+        drop_empty=keys.DROP_EMPTY,
         detections_per_image=cfg.TEST.DETECTIONS_PER_IMG,
         plus_one=cfg.MODEL.LEGACY_PLUS_ONE,
         channels_last=device.channels_last,

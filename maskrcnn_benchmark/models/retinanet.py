@@ -73,6 +73,7 @@ class RetinaNet(Detector):
     plus_one: maskrcnn-benchmark's arithmetic: a box keeps one pixel of the image, and `straddle` counts from an
         anchor's last pixel.
     clip_before_nms: boxes are cut to the image before NMS, or after it, when those without area go (detectron2).
+    drop_empty: those without area are no candidates for NMS (MMDetection).
     """
 
     AVERAGE_START, AVERAGE_MOMENTUM = 100.0, 0.9  # detectron2's
@@ -98,6 +99,7 @@ class RetinaNet(Detector):
         score_threshold: float = 0.05,
         nms_threshold: float = 0.4,
         clip_before_nms: bool = True,
+        drop_empty: bool = False,
         detections_per_image: int = 100,
         plus_one: bool = False,
         channels_last: bool = False,
@@ -113,7 +115,8 @@ class RetinaNet(Detector):
         self.loss_normalizer, self.box_loss_divisor = loss_normalizer, box_loss_divisor
         self.box_loss, self.smooth_l1_beta = box_loss, smooth_l1_beta
         self.pre_nms, self.score_threshold, self.nms_threshold = pre_nms, score_threshold, nms_threshold
-        self.clip_before_nms, self.detections_per_image = clip_before_nms, detections_per_image
+        self.clip_before_nms, self.drop_empty = clip_before_nms, drop_empty
+        self.detections_per_image = detections_per_image
         self.plus_one = plus_one
         if loss_normalizer == "moving_average":
             self.register_buffer("positives_average", torch.tensor(self.AVERAGE_START))
@@ -202,7 +205,10 @@ class RetinaNet(Detector):
         box, score, group = (torch.cat(tensors, 1) for tensors in zip(*found))
         if self.clip_before_nms:
             box = boxes.clip(box, sizes, least_side=1.0 if self.plus_one else 0.0)
-        return box, score, group, (score > self.score_threshold) & box.isfinite().all(-1)
+        candidate = (score > self.score_threshold) & box.isfinite().all(-1)
+        if self.drop_empty:
+            candidate &= (box[..., 2:] > box[..., :2]).all(-1)
+        return box, score, group, candidate
 
     def select(self, boxes: Tensor, score: Tensor, group: Tensor, candidate: Tensor) -> Detections:
         """The best of the candidates after NMS within each group."""
