@@ -1,7 +1,7 @@
 """Test-time augmentation: one detector looks at several views of each image, and its answers become one.
 
-As Detectron's and upstream's: the boxes of all views go through NMS together, then every view predicts the masks of the
-boxes that are left, and their mean counts.
+As Detectron's and upstream's: the boxes of all views go through NMS together, then every view predicts the masks or the
+keypoints' heat maps of the boxes that are left, and their mean counts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..ops.boxes import rescale
 from ..structures import Detections, ImageBatch
+from .keypoint_head import KeypointHead
 from .rcnn import RCNN
 from .retinanet import RetinaNet
 
@@ -35,16 +36,18 @@ def detect(model: RCNN | RetinaNet, views: list[tuple[ImageBatch, bool]]) -> Det
         seen.append((features, images.sizes, scale, flipped))
     joined = [torch.cat(tensors, 1) for tensors in zip(*parts)]
     detections = model.select(*joined)
-    mask_head = model.mask_head if isinstance(model, RCNN) else None
-    if mask_head is None:
-        return detections
-    total = 0.0
-    for features, sizes, scale, flipped in seen:
-        boxes = rescale(detections.boxes, 1 / scale, model.plus_one)
-        boxes = _mirror_boxes(boxes, sizes) if flipped else boxes
-        masks = mask_head.detect(features, replace(detections, boxes=boxes)).masks
-        total = total + (masks.flip(-1) if flipped else masks)
-    return replace(detections, masks=total / len(views))
+    for head in model.heads_after_box if isinstance(model, RCNN) else ():
+        keypoints, total = isinstance(head, KeypointHead), 0.0
+        for features, sizes, scale, flipped in seen:
+            boxes = rescale(detections.boxes, 1 / scale, model.plus_one)
+            there = replace(detections, boxes=_mirror_boxes(boxes, sizes) if flipped else boxes)
+            maps = head.heat_maps(features, there) if keypoints else head.detect(features, there).masks
+            if flipped:
+                maps = (maps[:, list(head.mirror)] if keypoints else maps).flip(-1)
+            total = total + maps
+        mean = total / len(views)
+        detections = head.place(detections, mean) if keypoints else replace(detections, masks=mean)
+    return detections
 
 
 def _mirror_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:

@@ -122,7 +122,9 @@ class RPN(nn.Module):
         score, index, level = torch.cat(scores, 1), torch.cat(chosen, 1), torch.cat(levels, 1)
         least_side = 1.0 if self.plus_one else 0.0
         box, valid = decode_and_clip(deltas, anchors, index, sizes, min_size=self.min_size, least_side=least_side)
-        valid &= score.isfinite() & ((score.sigmoid() if by_logit else score) >= self.score_threshold)
+        valid = valid & score.isfinite()
+        if self.score_threshold > 0:
+            valid = valid & ((score.sigmoid() if by_logit else score) >= self.score_threshold)
         index, keep = nms.nms(box, score, level, valid, self.nms_threshold, post_nms)
         box = box.gather(1, index[..., None].expand(-1, -1, 4))
         score = score.gather(1, index)
