@@ -112,7 +112,7 @@ def test_error_messages_do_not_steer_the_terminal(run, named):
 
 def test_damaged_pictures_do_not_steer_the_terminal(run, tiny_config, tmp_path):
     checkpoint = tmp_path / "model.pth"
-    cfg, device, names = get_config(tiny_config), get_device("cpu"), {1: "circle", 2: "square", 3: "triangle"}
+    cfg, device, names = get_config(tiny_config), get_device("cpu"), dict(enumerate("abcde", 1))
     predict.save_predictor(predict.Predictor(cfg, device, build_model(cfg, device), list(names), names, []), checkpoint)
     for name in ("\x1b[2Jdamaged.png", "sound.png"):
         (tmp_path / name).write_bytes(fuzz.PICTURE_FILE if name == "sound.png" else b"no picture")
