@@ -59,9 +59,13 @@ def _takes_pointwise(input: Tensor) -> bool:
     return torch.bfloat16 == (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype)
 
 
-@torch.compiler.assume_constant_result
 def _has_kernel(op: str, device_type: str) -> bool:
     return kernel_in_use(op, device_type) == "native"
+
+
+# All that torch.compiler.assume_constant_result does, but for importing torch._dynamo: 1.7 s of every process's start.
+# The tests that compile a step as one graph fail where it means nothing.
+_has_kernel._dynamo_marked_constant = True
 
 
 def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
