@@ -20,7 +20,9 @@ from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.data.images import read_image
 from maskrcnn_benchmark.data.synthetic import generate
 from maskrcnn_benchmark.device import get_device
-from maskrcnn_benchmark.engine import views
+from maskrcnn_benchmark.engine import checkpoint, views
+from maskrcnn_benchmark.engine.predict import load_predictor, save_predictor
+from maskrcnn_benchmark.errors import CheckpointError
 from maskrcnn_benchmark.models import augment
 from maskrcnn_benchmark.models.build import build_model
 from maskrcnn_benchmark.structures import ImageBatch
@@ -90,6 +92,21 @@ def test_names_in_any_script_patterns_and_damaged_files(predict, pictures, tmp_p
 def test_patterns_that_match_nothing_are_named(predict, tmp_path):
     done, _ = predict(tmp_path / "*.jpg", status=2)
     assert done.stderr.startswith("error:") and "*.jpg" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_names_are_as_many_as_the_model_has_classes(weights, tmp_path):
+    content = checkpoint.read(weights)
+    content["category_names"].pop()
+    torch.save(content, tmp_path / "few.pth")
+    with pytest.raises(CheckpointError, match=r"few\.pth names 4 categories by 5 ids, but MODEL\.ROI_BOX_HEAD"):
+        load_predictor(tmp_path / "few.pth", get_device("cpu"))
+
+
+def test_proposals_are_named_so(weights, tiny_config, tmp_path):
+    cfg = get_config(tiny_config, ["MODEL.RPN_ONLY", "True", "MODEL.MASK_ON", "False"])
+    trained = load_predictor(weights, get_device("cpu"))
+    save_predictor(replace(trained, cfg=cfg, model=build_model(cfg, trained.device)), tmp_path / "rpn.pth")
+    assert load_predictor(tmp_path / "rpn.pth", trained.device).category_names == {1: "proposal"}
 
 
 def test_videos_frame_by_frame(predict, shapes, tmp_path):

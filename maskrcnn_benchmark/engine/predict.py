@@ -17,11 +17,12 @@ from torch import nn
 from yacs.config import CfgNode
 
 from ..config import dump, parse_config
+from ..data.catalog import num_classes
 from ..data.images import read_image
 from ..data.loader import collate
 from ..data.transforms import Sample, build_transforms
 from ..device import Device
-from ..errors import DataError
+from ..errors import CheckpointError, DataError
 from ..evaluation.results import detections_to_results
 from ..models.build import build_model
 from . import checkpoint
@@ -75,9 +76,23 @@ def load_predictor(weights: Path, device: Device) -> Predictor:
         cfg.freeze()
     model = build_model(cfg, device)
     checkpoint.load_model(model, content, weights)
-    names = dict(zip(content["category_ids"], content["category_names"]))
+    ids, names = _categories(cfg, content, weights)
     limbs = content.get("keypoint_limbs", [])  # checkpoints of before there were keypoints have none
-    return Predictor(cfg, device, model.eval(), content["category_ids"], names, limbs)
+    return Predictor(cfg, device, model.eval(), ids, dict(zip(ids, names)), limbs)
+
+
+def _categories(cfg: CfgNode, content: dict[str, Any], weights: Path) -> tuple[list[int], list[str]]:
+    """Ids and names of what the model detects."""
+    if cfg.MODEL.RPN_ONLY and not cfg.MODEL.RETINANET_ON:
+        return [1], ["proposal"]
+    ids, names = content["category_ids"], content["category_names"]
+    key, classes = num_classes(cfg)
+    if not len(ids) == len(names) == classes - 1:
+        raise CheckpointError(
+            f"{weights} names {len(names)} categories by {len(ids)} ids, but {key} is {classes} with the background:"
+            " it is not as it was written; take another checkpoint of the run"
+        )
+    return ids, names
 
 
 def save_predictor(predictor: Predictor, path: Path) -> None:
