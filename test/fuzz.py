@@ -21,6 +21,7 @@ import pickle
 import resource
 import signal
 import struct
+import sys
 import tarfile
 import tempfile
 import time
@@ -40,6 +41,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package beside this file, installed or not
 
 from maskrcnn_benchmark.config import dump, get_config
 from maskrcnn_benchmark.data import cityscapes, labelme, masks, via, voc
