@@ -356,13 +356,24 @@ def test_voc_pairs_masks_and_boxes():
     assert voc.match([1], [[80, 80, 5, 5]], near) == {} == voc.match([], [], near) == voc.match([1], near[:1], [])
 
 
+def test_via_points_in_lists_of_lists(tmp_path):
+    nested = [[1, 2, 3], [4, 5, 6]]
+    shape = {"name": "polygon", "all_points_x": nested, "all_points_y": nested}
+    region = {"shape_attributes": shape, "region_attributes": {"name": "a"}}
+    (tmp_path / "via.json").write_text(json.dumps({"a": {"filename": "a.png", "size": 1, "regions": [region]}}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="all_points_x and all_points_y must be lists of numbers"):
+        formats.read(f"via://{tmp_path / 'via.json'}")
+
+
 def test_voc_errors(voc_root):
     root = voc_root / "VOC2012"
     with pytest.raises(DataError, match=r"Segmentation/val\.txt and .*Main/val\.txt do not exist"):
         formats.read(f"voc://{root}?split=val")
-    (root / "ImageSets" / "Main" / "val.txt").write_text("gone\n")
-    with pytest.raises(DataError, match=r"gone\.xml is missing"):
-        formats.read(f"voc://{root}?split=val")
+    for name in ("gone", "/"):  # the directory is named even where the name would lead out of it
+        (root / "ImageSets" / "Main" / "val.txt").write_text(name + "\n")
+        with pytest.raises(DataError, match=rf"Annotations has no {name}\.xml, which split 'val' names"):
+            formats.read(f"voc://{root}?split=val")
     (root / "Annotations" / "2007_2.xml").write_text("<annotation><object><name>cat</name></object></annotation>")
     with pytest.raises(DataError, match=r"2007_2\.xml: an object is damaged"):
         formats.read(f"voc://{root}")

@@ -115,6 +115,8 @@ def _outline(shape: dict[str, Any]) -> np.ndarray | None:
     kind = shape["name"]
     if kind in ("polygon", "polyline"):
         points = np.array([shape["all_points_x"], shape["all_points_y"]], float).T
+        if points.ndim != 2:
+            raise ValueError("all_points_x and all_points_y must be lists of numbers")
         return points if len(points) >= 3 else None
     if kind == "rect":
         return rectangle(*(float(shape[key]) for key in ("x", "y", "width", "height")))

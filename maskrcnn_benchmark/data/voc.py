@@ -34,7 +34,7 @@ def read(path: Path, split: str = "", imageset: str = "", classes: str = "") -> 
     builder = Builder(path, path / "JPEGImages", known)
     for name in names:
         if name not in parsed:
-            raise DataError(f"{path / 'Annotations' / name}.xml is missing, but split {split!r} names it")
+            raise DataError(f"{path / 'Annotations'} has no {name}.xml, which split {split!r} names")
         _add(builder, path, name, parsed[name])
     return builder.finish()
 
