@@ -84,17 +84,27 @@ class KeypointHead(nn.Module):
 
     def detect(self, features: list[Tensor], detections: Detections) -> Detections:
         """`detections` with keypoints."""
-        return self.place(detections, self.heat_maps(features, detections))
+        # The rows once: an exported graph does not know that two searches for them find as many.
+        rows, box, image = self._rows(detections)
+        return self._placed(detections, rows, box, self(features, box, image).float())
 
     def heat_maps(self, features: list[Tensor], detections: Detections) -> Tensor:
         """[R, K, M, M] float32 logits of the detections that flatten_valid keeps."""
-        fields = (detections.boxes, image_index_of(detections.valid))
-        _, _, (box, image) = flatten_valid(detections.valid, fields, self.compact)
+        _, box, image = self._rows(detections)
         return self(features, box, image).float()
 
     def place(self, detections: Detections, logits: Tensor) -> Detections:
         """`detections` with the keypoints that their heat maps show."""
-        rows, _, (box,) = flatten_valid(detections.valid, (detections.boxes,), self.compact)
+        rows, box, _ = self._rows(detections)
+        return self._placed(detections, rows, box, logits)
+
+    def _rows(self, detections: Detections) -> tuple[Tensor, Tensor, Tensor]:
+        """Index, box and image of each detection that flatten_valid keeps."""
+        fields = (detections.boxes, image_index_of(detections.valid))
+        rows, _, (box, image) = flatten_valid(detections.valid, fields, self.compact)
+        return rows, box, image
+
+    def _placed(self, detections: Detections, rows: Tensor, box: Tensor, logits: Tensor) -> Detections:
         points, peak = find_peaks(logits, self._extent(box))
         # Not by logsumexp, which asks how many rows there are: a graph that is exported cannot know.
         score = (logits.flatten(2) - peak[..., None]).exp().sum(-1).reciprocal()
