@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +12,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def logging_restored():
+    """setup_logging changes the process: a test after it in the same process counted its INFO lines as warnings."""
+    loggers = [logging.getLogger(name) for name in ("maskrcnn_benchmark", "py.warnings")]
+    before = [(logger.handlers[:], logger.level) for logger in loggers]
+    yield
+    logging.captureWarnings(False)
+    for logger, (handlers, level) in zip(loggers, before):
+        for handler in set(logger.handlers) - set(handlers):
+            handler.close()
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

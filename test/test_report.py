@@ -339,21 +339,6 @@ class TestLastLines:
         assert file.name == "MaskRCNN_bs2_1p_perf.log" and file.read_text().count(" = n/a\n") == 4
 
 
-@pytest.fixture
-def logging_restored():
-    """setup_logging changes the process; other tests must not see it."""
-    loggers = [logging.getLogger(name) for name in ("maskrcnn_benchmark", "py.warnings")]
-    before = [(logger.handlers[:], logger.level) for logger in loggers]
-    yield
-    logging.captureWarnings(False)
-    for logger, (handlers, level) in zip(loggers, before):
-        for handler in set(logger.handlers) - set(handlers):
-            handler.close()
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
-
-
-@pytest.mark.usefixtures("logging_restored")
 class TestLogging:
     def test_rank_0(self, tmp_path, capsys):
         logger = setup_logging(tmp_path, 0, rank_logs=False)
