@@ -41,27 +41,27 @@ void pair_rows(const T* rows, int64_t row_count, int64_t columns, int64_t depth,
   }
 }
 
-inline void copy_words(const float* from, int32_t* words) {
-  const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + kLanes), _mm512_loadu_ps(from));
-  _mm512_storeu_si512(words, (__m512i)rounded);
+inline __m512i load_words(const float* from) {
+  return join_words(BFloat16(), _mm512_loadu_ps(from), _mm512_loadu_ps(from + kLanes));
 }
 
-inline void copy_words(const BFloat16* from, int32_t* words) {
-  std::memcpy(words, from, kLanes * sizeof(int32_t));
+inline __m512i load_words(const BFloat16* from) {
+  return _mm512_loadu_si512(from);
 }
 
 // Of the transpose of rows [columns, 2 depth]; panels begin..end of them.
 template <typename T>
 void transpose_rows(const T* rows, int64_t depth, int64_t begin, int64_t end, BFloat16* panels) {
-  for (int64_t panel = begin; panel < end; ++panel) {
-    int32_t* words = reinterpret_cast<int32_t*>(panels) + panel * depth * kColumns;
+  for (int64_t column = begin * kColumns; column < end * kColumns; column += kLanes) {
+    BFloat16* words = panels + 2 * (column / kColumns * depth * kColumns + column % kColumns);
     for (int64_t step = 0; step < depth; step += kLanes) {
-      for (int64_t column = 0; column < kColumns; ++column) {
-        int32_t row[kLanes];
-        copy_words(rows + (panel * kColumns + column) * 2 * depth + 2 * step, row);
-        for (int64_t i = 0; i < kLanes; ++i) {
-          words[(step + i) * kColumns + column] = row[i];
-        }
+      __m512i square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        square[i] = load_words(rows + (column + i) * 2 * depth + 2 * step);
+      }
+      transpose(square);
+      for (int64_t i = 0; i < kLanes; ++i) {
+        _mm512_storeu_si512(words + 2 * (step + i) * kColumns, square[i]);
       }
     }
   }

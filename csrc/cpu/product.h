@@ -77,6 +77,36 @@ inline void store_words(BFloat16* to, Vector low, Vector high) {
   _mm512_storeu_si512(to, _mm512_or_si512(lower, _mm512_slli_epi32(upper, 16)));
 }
 
+// Of a factor's consecutive values as its words: kPacked x kLanes values in two vectors, or one.
+inline __m512i join_words(float, Vector low, Vector) {
+  return _mm512_castps_si512(low);
+}
+
+inline __m512i join_words(BFloat16, Vector low, Vector high) {
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// 16 rows of 16 words: the first word of each to the first row, and so on.
+inline void transpose(__m512i (&rows)[kLanes]) {
+  __m512i quads[kLanes]; // of each four rows: a quarter of quads[4 i + j] is column j of that quarter of the rows
+  for (int64_t i = 0; i < kLanes; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(rows[i], rows[i + 1]), b = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(rows[i + 2], rows[i + 3]);
+    const __m512i d = _mm512_unpackhi_epi32(rows[i + 2], rows[i + 3]);
+    quads[i] = _mm512_unpacklo_epi64(a, c), quads[i + 1] = _mm512_unpackhi_epi64(a, c);
+    quads[i + 2] = _mm512_unpacklo_epi64(b, d), quads[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  constexpr int even = 0x88, odd = 0xdd; // quarters of two vectors
+  for (int64_t j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(quads[j], quads[4 + j], even);
+    const __m512i b = _mm512_shuffle_i32x4(quads[j], quads[4 + j], odd);
+    const __m512i c = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], even);
+    const __m512i d = _mm512_shuffle_i32x4(quads[8 + j], quads[12 + j], odd);
+    rows[j] = _mm512_shuffle_i32x4(a, c, even), rows[8 + j] = _mm512_shuffle_i32x4(a, c, odd);
+    rows[4 + j] = _mm512_shuffle_i32x4(b, d, even), rows[12 + j] = _mm512_shuffle_i32x4(b, d, odd);
+  }
+}
+
 inline Vector multiply_add(float, const float* word, Vector b, Vector sum) {
   return _mm512_fmadd_ps(_mm512_set1_ps(*word), b, sum);
 }
