@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kPoints = 16; // of a transformed tile, 4x4
 constexpr int64_t kSumPoint = 5; // where transform_gradient puts the sum of a tile's outputs
-constexpr int64_t kBlock = 64; // tiles whose outputs a thread makes at a time: they stay in its second-level cache
+constexpr int64_t kBlock = 64; // most tiles whose outputs a thread makes at a time: they stay in its second-level cache
 constexpr int64_t kChunk = 256; // tiles that the weights' gradient takes at a time
 
 // From the values of one point to those of the next: a cache line more than they are. Powers of two apart, the 16
@@ -110,11 +110,11 @@ struct Pixels {
 
 // ---- outputs
 
-// The transformed tiles first..first + kBlock as rows: [kPoints, kBlock, channels]; zeros after the last.
+// The transformed tiles first..first + count as rows: [kPoints, kBlock, channels]; zeros after the last.
 template <typename T>
-void input_rows(const T* map, const Grid& grid, int64_t first, const T* zeros, T* rows) {
+void input_rows(const T* map, const Grid& grid, int64_t first, int64_t count, const T* zeros, T* rows) {
   const int64_t stride = apart<T>(kBlock * grid.channels);
-  for (int64_t row = 0; row < kBlock; ++row) {
+  for (int64_t row = 0; row < count; ++row) {
     if (first + row >= grid.tiles()) {
       for (int64_t point = 0; point < kPoints; ++point) {
         std::memset(rows + point * stride + row * grid.channels, 0, grid.channels * sizeof(T));
@@ -135,12 +135,19 @@ void input_rows(const T* map, const Grid& grid, int64_t first, const T* zeros, T
   }
 }
 
-// Outputs of the tiles first..first + kBlock, kColumns channels of them, from [kPoints, kBlock, kColumns] products;
+// Outputs of the tiles first..first + count, kColumns channels of them, from [kPoints, kBlock, kColumns] products;
 // at least `least`: 0 for a ReLU, or -infinity.
 template <typename T>
 void write_outputs(
-    const float* products, const Grid& grid, int64_t first, const float* bias, float least, T* map, T* outside) {
-  for (int64_t row = 0; row < std::min(kBlock, grid.tiles() - first); ++row) {
+    const float* products,
+    const Grid& grid,
+    int64_t first,
+    int64_t count,
+    const float* bias,
+    float least,
+    T* map,
+    T* outside) {
+  for (int64_t row = 0; row < std::min(count, grid.tiles() - first); ++row) {
     const Pixels<T, 2> pixels(map, grid, first + row, 0, outside);
     for (int64_t channel = 0; channel < kColumns; channel += kLanes) {
       Tile tile;
@@ -157,7 +164,7 @@ void write_outputs(
   }
 }
 
-// Tiles first..first + kBlock of all outputs. weights: words [outputs / kColumns, kPoints, inputs / packed, kColumns].
+// Tiles first..first + count of all outputs, a multiple of kRows. weights: words [outputs / kColumns, kPoints, inputs / packed, kColumns].
 template <typename T>
 void convolve_block(
     const T* input,
@@ -168,22 +175,23 @@ void convolve_block(
     T* output,
     const Grid& out,
     int64_t first,
+    int64_t count,
     const T* zeros,
     T* rows,
     float* products) {
   T outside[kLanes];
   const int64_t depth = in.channels / kPacked<T>;
-  input_rows(input, in, first, zeros, rows);
+  input_rows(input, in, first, count, zeros, rows);
   for (int64_t column = 0; column < out.channels; column += kColumns) {
     const T* panel = weights + column / kColumns * kPoints * apart<T>(in.channels * kColumns);
     for (int64_t point = 0; point < kPoints; ++point, panel += apart<T>(in.channels * kColumns)) {
-      for (int64_t row = 0; row < kBlock; row += kRows) {
+      for (int64_t row = 0; row < count; row += kRows) {
         product<T, false>(
             rows + point * apart<T>(kBlock * in.channels) + row * in.channels, depth, 1, panel, kColumns, depth,
             products + point * apart<float>(kBlock * kColumns) + row * kColumns, kColumns);
       }
     }
-    write_outputs(products, out, first, bias + column, least, output + column, outside);
+    write_outputs(products, out, first, count, bias + column, least, output + column, outside);
   }
 }
 
@@ -360,15 +368,15 @@ Tensor convolve(const Tensor& input, const Tensor& weight, bool back, const std:
     });
   }
   const Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::zeros({outputs}, weight.options());
-  const int64_t blocks = (in.tiles() + kBlock - 1) / kBlock;
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t block = rows_at_a_time(in.tiles(), kBlock);
+  at::parallel_for(0, divide_up(in.tiles(), block), 1, [&](int64_t begin, int64_t end) {
     const auto rows = scratch<T>(kPoints * apart<T>(kBlock * in.channels));
     const auto products = scratch<float>(kPoints * apart<float>(kBlock * kColumns));
     const std::vector<T> zeros(in.channels, T(0));
-    for (int64_t block = begin; block < end; ++block) {
+    for (int64_t number = begin; number < end; ++number) {
       convolve_block<T>(
           input.const_data_ptr<T>(), in, words.get(), added.const_data_ptr<float>(), least, output.mutable_data_ptr<T>(),
-          out, block * kBlock, zeros.data(), rows.get(), products.get());
+          out, number * block, block, zeros.data(), rows.get(), products.get());
     }
   });
   return output;
@@ -413,11 +421,12 @@ std::tuple<Tensor, Tensor> weights_gradient(const Tensor& grad, const Tensor& in
   return {result, bias};
 }
 
-// Whether this is faster than torch's convolution. Of few tiles it is not: at 70 tiles of 256 channels the weights'
-// transform takes as long as the rest (2.1 ms to 1.7 ms; at 280 tiles 5.2 ms to 6.5 ms). Where AMX multiplies bfloat16,
+// Whether this is faster than torch's convolution. Of few tiles it is not, for the weights'
+// transform: at 40 tiles of 256 channels in bfloat16 .81 ms to .56, at 70 .96 to .92 (of 512 channels 3.0 to 3.9),
+// at 280 2.1 to 3.5. Where AMX multiplies bfloat16,
 // the transforms alone would take longer than a direct convolution.
 bool serves(const Tensor& input, int64_t outputs) {
-  constexpr int64_t kLeastTiles = 192;
+  constexpr int64_t kLeastTiles = 64;
   const bool narrow = input.scalar_type() == at::kBFloat16 && lacks_amx();
   return (narrow || input.scalar_type() == at::kFloat) && input.size(1) % kColumns == 0 && outputs % kColumns == 0 &&
       Grid(input).tiles() >= kLeastTiles;

@@ -116,16 +116,10 @@ void add_products(const BFloat16* left, int64_t count, const BFloat16* right, in
 
 AVX512_END
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // rows [count, 2 depth] times panels, plus the bias, into [count, columns].
 void multiply_rows(const BFloat16* rows, int64_t count, const BFloat16* panels, int64_t depth, int64_t columns,
                    const float* bias, float least, BFloat16* output) {
-  const int64_t threads = at::get_num_threads();
-  const int64_t blocks = threads * divide_up(count, threads * kBlock); // as large for each thread
-  const int64_t block = divide_up(divide_up(count, blocks), kRows) * kRows;
+  const int64_t block = rows_at_a_time(count, kBlock);
   at::parallel_for(0, divide_up(count, block), 1, [&](int64_t begin, int64_t end) {
     const auto sums = scratch<float>(block * kWidth);
     const auto last = scratch<BFloat16>(kRows * 2 * depth); // rows beyond a multiple of kRows

@@ -40,6 +40,16 @@ std::unique_ptr<T[], decltype(&std::free)> scratch(int64_t size) {
   return {values, &std::free};
 }
 
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Of a product's rows that a thread makes: at most `most`, a multiple of kRows, so that all threads make as many.
+inline int64_t rows_at_a_time(int64_t count, int64_t most) {
+  const int64_t threads = at::get_num_threads();
+  return divide_up(divide_up(count, threads * divide_up(count, threads * most)), kRows) * kRows;
+}
+
 // Where AMX multiplies bfloat16, torch's products are faster than these instructions can be.
 inline bool lacks_amx() {
   return !__builtin_cpu_supports("amx-bf16");
