@@ -5,12 +5,16 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import os
+import subprocess
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from conftest import ROOT
 from graph_double import graph_device
 from test_benchmark_steps import request_of
 from test_fixed_shapes import SMALL_STEP, make_run, shapes_of
@@ -45,7 +49,7 @@ def steps(run, count: int, parts: int = 1) -> tuple[list, list, list]:
         set_learning_rate(run.optimizer, torch.tensor(run.schedule.lr(iteration) * (1 + iteration)).item())
         distributed.seed_step(run.cfg.SEED, iteration)
         batches = [next(run.batches) for _ in range(parts)]
-        losses.append(train_step(run, batches))
+        losses.append(train_step(run, batches) | {"left out": run.guard.left_out.clone()})
         images += [images_.image_ids for images_, _ in batches]
         shapes.append(tuple(tuple(shapes_of(batch)) for batch in batches))
     return losses, images, shapes
@@ -82,6 +86,79 @@ def test_captured_steps_are_eager_ones(tiny_config, tmp_path, monkeypatch, overr
     assert len(made.captures) == len(recorded) > (1 if count == 20 else 0)
     assert made.eager == sum(min(number, warm_up) for number in numbers.values())
     assert len(made.replays) == count - made.eager > len(recorded)
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_config, tmp_path_factory) -> list[dict]:
+    """What graph_ranks.py found on each of two ranks."""
+    directory = tmp_path_factory.mktemp("ranks")
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "test" / "graph_ranks.py", tiny_config, directory]
+    processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in (0, 1)]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def assert_same(mine: dict, theirs: dict) -> None:
+    """What graph_ranks.trained gives."""
+    assert mine["shapes"] == theirs["shapes"] and len(mine["losses"]) == len(theirs["losses"])
+    for ours, wanted in zip(mine["losses"], theirs["losses"]):
+        assert ours.keys() == wanted.keys()
+        assert all(torch.equal(ours[name].nan_to_num(7), wanted[name].nan_to_num(7)) for name in ours)
+    for name, value in mine["model"].items():
+        assert torch.equal(value, theirs["model"][name]), name
+
+
+VARIANTS = "SGD", "AdamW-bf16-clipped", "SGD-fp16-scaled", "accumulated", "buffers", "host", "host-own-gradients"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_captured_ranks_train_as_distributed_data_parallel(ranks, name):
+    """Bit for bit, also where one rank replays a step that the other computes eagerly; from weights and buffers that
+    were others on rank 1. Running statistics are the main rank's alone."""
+    both = [found[name] for found in ranks]
+    for found in both:
+        captured, eager = found["captured"], found["eager"]
+        assert captured["parallel"] != eager["parallel"] == "DistributedDataParallel"
+    assert_same(both[0]["captured"], both[0]["eager"])
+    first, second = (found["captured"] for found in both)
+    assert all(torch.equal(first["model"][key], second["model"][key]) for key in first["parameters"])
+    replayed = [[shape in way["shapes"][:step] for step, shape in enumerate(way["shapes"])] for way in (first, second)]
+    assert sum(replayed[0]) > 0 and sum(replayed[1]) > 0
+    assert any(a != b for a, b in zip(*replayed)), "the ranks always did alike"
+    update = 0 if name.startswith("host") else len(replayed[0]) - 1
+    assert [way["replays"] for way in (first, second)] == [sum(steps_) + update for steps_ in replayed]
+
+
+def test_a_nan_on_one_rank_is_left_out_on_both(ranks):
+    for found in ranks:
+        left_out = [step["left out"].item() for step in found["SGD"]["captured"]["losses"]]
+        assert left_out == [0, 0, 0, 0, 0, 1, 0, 0]
+    sums = [[sum(step.values()).isfinite() for step in found["SGD"]["captured"]["losses"]] for found in ranks]
+    assert all(sums[0]) and not sums[1][5]
+
+
+def test_ranks_continue_with_and_without_graphs(ranks):
+    for found in ranks:
+        former, captured, eager = found["resumed"].values()
+        assert captured["parallel"] != eager["parallel"] == "DistributedDataParallel"
+        assert_same(captured, former)
+        assert_same(eager, former)
+
+
+def test_the_benchmark_measures_captured_ranks(ranks):
+    losses = ranks[0]["benchmark"]
+    assert losses["captured"] == losses["eager"] and len(losses["eager"]) == 5
+
+
+def test_ranks_without_graphs_run_eagerly(ranks):
+    assert [found["without graphs"] for found in ranks] == [("DistributedDataParallel", True)] * 2
 
 
 @pytest.fixture
@@ -204,15 +281,15 @@ def test_a_device_without_graphs_runs_eagerly_and_says_so(tiny_config, tmp_path,
     assert run.captured is None and len(losses) == 2
 
 
-def test_refusals(monkeypatch, tiny_config):
+def test_refusals(monkeypatch, tiny_config, tmp_path):
     with pytest.raises(DeviceError, match="device cpu cannot record work as a graph"):
         get_device("cpu").graphs()
     with pytest.raises(ConfigError, match="ApexFusedSGD takes its learning rate from the host"):
         get_config(tiny_config, [*CAPTURE, "SOLVER.OPTIMIZER", "ApexFusedSGD"])
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(ConfigError, match="GRAPH_CAPTURE is True with 2 ranks"):
-        graphs.asked_for(get_config(tiny_config, CAPTURE), graph_device())
     assert not graphs.asked_for(get_config(tiny_config), graph_device())
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ConfigError, match=r"2 ranks, but backbone\.body\.\S+ \(SyncBN\) sums over ranks .* MODEL.RESNETS.NORM"):
+        captured_run(tiny_config, tmp_path, "MODEL.RESNETS.NORM", "SyncBN")
 
 
 def test_a_run_continues_with_and_without_graphs(tiny_config, tmp_path):

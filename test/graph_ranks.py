@@ -1,0 +1,116 @@
+"""One of two ranks of test_graphs.py: trains each variant captured and by DistributedDataParallel, and saves what came out.
+
+python test/graph_ranks.py CONFIG DIRECTORY, with torchrun's variables.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from graph_double import graph_device
+from test_benchmark_steps import request_of
+from test_fixed_shapes import SMALL_STEP, make_run
+from test_graphs import CAPTURE, HALF, HostSGD, captured_run, steps
+
+from maskrcnn_benchmark.benchmark import runs
+from maskrcnn_benchmark.config import get_config
+from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.engine import distributed, graphs, train
+
+RETINANET = (
+    *("MODEL.RETINANET_ON", "True", "MODEL.MASK_ON", "False", "MODEL.BACKBONE.CONV_BODY", "R-18-FPN-RETINANET"),
+    *("MODEL.RETINANET.NUM_CLASSES", "6", "MODEL.RETINANET.NUM_CONVS", "1", "MODEL.RESNETS.NORM", "BN"),
+    *("MODEL.RETINANET.LOSS_NORMALIZER", "moving_average"),
+)
+CLIPPED = ("SOLVER.OPTIMIZER", "AdamW", "SOLVER.CLIP_GRADIENTS_NORM", "1.0", "DTYPE", "bfloat16")
+# Overrides, steps, micro-batches a step, and what is other about the device
+VARIANTS: dict[str, tuple[tuple[str, ...], int, int, dict[str, Any]]] = {
+    "SGD": (("SOLVER.OPTIMIZER", "SGD", "SOLVER.SKIP_NONFINITE_STEPS", "1"), 8, 1, {}),
+    "AdamW-bf16-clipped": (CLIPPED, 6, 1, {}),
+    "SGD-fp16-scaled": (("SOLVER.OPTIMIZER", "SGD", "DTYPE", "float16"), 6, 1, HALF),
+    "accumulated": (("SOLVER.OPTIMIZER", "SGD", "SOLVER.ACCUMULATE_STEPS", "2", "SOLVER.IMS_PER_BATCH", "4"), 9, 2, {}),
+    "buffers": (("SOLVER.OPTIMIZER", "SGD", *RETINANET), 5, 1, {}),
+    "host": (("SOLVER.OPTIMIZER", "SGD"), 5, 1, {"optimizers": {"SGD": torch.optim.SGD}}),
+    "host-own-gradients": (
+        *(("SOLVER.OPTIMIZER", "SGD"), 5, 1),
+        {"optimizers": {"SGD": HostSGD}, "gradient_views": False},
+    ),
+}
+SPOILT = 5
+
+
+def spoilt(batches: Iterator) -> Iterator:
+    """Boxes of NaN in one batch of rank 1."""
+    for number, (images, targets) in enumerate(batches):
+        if number == SPOILT and distributed.rank() == 1:
+            targets = replace(targets, boxes=torch.full_like(targets.boxes, torch.nan))
+        yield images, targets
+
+
+def trained(run: train.Run, count: int, parts: int) -> dict[str, Any]:
+    losses, _, shapes = steps(run, count, parts)
+    return {
+        "losses": losses,
+        "shapes": shapes,
+        "model": {name: value.clone() for name, value in run.model.state_dict().items()},
+        "parameters": [name for name, _ in run.model.named_parameters()],
+        "parallel": type(run.parallel).__name__,
+        "replays": len(run.device.made.replays) if run.captured else 0,
+    }
+
+
+def resumed(config: Path, former: train.Run, count: int) -> dict[str, Any]:
+    """Two steps more of a run that goes on, and of runs from its checkpoint with graphs and without."""
+    train.save(former, count, "model_0000000.pth")
+    distributed.all_values(None)
+    made = {"former": former}
+    for name, device in (("graphs", graph_device()), ("eager", replace(get_device("cpu"), compacts=False))):
+        made[name] = train.build_run(former.cfg, device, former.output, resume=True)
+        made[name].parallel.train()
+    return {name: trained(run, 2, 1) for name, run in made.items()}
+
+
+def benchmarked(config: Path) -> dict[str, Any]:
+    losses = {}
+    for name, device, overrides in (("captured", graph_device(), CAPTURE), ("eager", graph_device(graph_type=""), ())):
+        cfg = get_config(config, ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.OPTIMIZER", "SGD", *overrides])
+        made = runs.run(request_of(cfg, "train", warmup=4, steps=1, phase_steps=0), device)
+        losses[name] = made["cases"][0]["losses"] if made else []
+    return losses
+
+
+def main() -> None:
+    config, directory = map(Path, sys.argv[1:])
+    rank, build_model = distributed.rank(), train.build_model
+
+    def other_on_rank_1(cfg, device):
+        model = build_model(cfg, device)
+        if rank:
+            for tensor in model.state_dict().values():
+                tensor += 1
+        return model
+
+    train.build_model, graphs.WARM_UP = other_on_rank_1, 1
+    found: dict[str, Any] = {}
+    for name, (overrides, count, parts, changes) in VARIANTS.items():
+        captured = captured_run(config, directory / name, *overrides, **changes)
+        eager = make_run(config, directory / name, *overrides, **changes)
+        if name == "SGD":
+            captured.batches, eager.batches = spoilt(captured.batches), spoilt(eager.batches)
+        found[name] = {way: trained(run, count, parts) for way, run in (("captured", captured), ("eager", eager))}
+        if name == "SGD":
+            found["resumed"] = resumed(config, captured, count)
+    found["benchmark"] = benchmarked(config)
+    without = train.build_run(get_config(config, [*SMALL_STEP, *CAPTURE]), get_device("cpu"), directory, False)
+    found["without graphs"] = type(without.parallel).__name__, without.captured is None
+    torch.save(found, directory / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    with distributed.process_group(get_device("cpu")):
+        main()
