@@ -1,4 +1,6 @@
-"""One of two ranks of test_graphs.py: trains each variant captured and by DistributedDataParallel, and saves what came out.
+"""One of two ranks of test_graphs.py: trains each variant captured and by DistributedDataParallel.
+
+What came out lies in rank0.pt and rank1.pt.
 
 python test/graph_ranks.py CONFIG DIRECTORY, with torchrun's variables.
 """
@@ -15,33 +17,13 @@ import torch
 from graph_double import graph_device
 from test_benchmark_steps import request_of
 from test_fixed_shapes import SMALL_STEP, make_run
-from test_graphs import CAPTURE, HALF, HostSGD, captured_run, steps
+from test_graphs import CAPTURE, SGD, SPOILT, VARIANTS, captured_run, steps
 
 from maskrcnn_benchmark.benchmark import runs
+from maskrcnn_benchmark.benchmark.steps import whole
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.engine import distributed, graphs, train
-
-RETINANET = (
-    *("MODEL.RETINANET_ON", "True", "MODEL.MASK_ON", "False", "MODEL.BACKBONE.CONV_BODY", "R-18-FPN-RETINANET"),
-    *("MODEL.RETINANET.NUM_CLASSES", "6", "MODEL.RETINANET.NUM_CONVS", "1", "MODEL.RESNETS.NORM", "BN"),
-    *("MODEL.RETINANET.LOSS_NORMALIZER", "moving_average"),
-)
-CLIPPED = ("SOLVER.OPTIMIZER", "AdamW", "SOLVER.CLIP_GRADIENTS_NORM", "1.0", "DTYPE", "bfloat16")
-# Overrides, steps, micro-batches a step, and what is other about the device
-VARIANTS: dict[str, tuple[tuple[str, ...], int, int, dict[str, Any]]] = {
-    "SGD": (("SOLVER.OPTIMIZER", "SGD", "SOLVER.SKIP_NONFINITE_STEPS", "1"), 8, 1, {}),
-    "AdamW-bf16-clipped": (CLIPPED, 6, 1, {}),
-    "SGD-fp16-scaled": (("SOLVER.OPTIMIZER", "SGD", "DTYPE", "float16"), 6, 1, HALF),
-    "accumulated": (("SOLVER.OPTIMIZER", "SGD", "SOLVER.ACCUMULATE_STEPS", "2", "SOLVER.IMS_PER_BATCH", "4"), 9, 2, {}),
-    "buffers": (("SOLVER.OPTIMIZER", "SGD", *RETINANET), 5, 1, {}),
-    "host": (("SOLVER.OPTIMIZER", "SGD"), 5, 1, {"optimizers": {"SGD": torch.optim.SGD}}),
-    "host-own-gradients": (
-        *(("SOLVER.OPTIMIZER", "SGD"), 5, 1),
-        {"optimizers": {"SGD": HostSGD}, "gradient_views": False},
-    ),
-}
-SPOILT = 5
 
 
 def spoilt(batches: Iterator) -> Iterator:
@@ -64,7 +46,7 @@ def trained(run: train.Run, count: int, parts: int) -> dict[str, Any]:
     }
 
 
-def resumed(config: Path, former: train.Run, count: int) -> dict[str, Any]:
+def resumed(former: train.Run, count: int) -> dict[str, Any]:
     """Two steps more of a run that goes on, and of runs from its checkpoint with graphs and without."""
     train.save(former, count, "model_0000000.pth")
     distributed.all_values(None)
@@ -76,11 +58,15 @@ def resumed(config: Path, former: train.Run, count: int) -> dict[str, Any]:
 
 
 def benchmarked(config: Path) -> dict[str, Any]:
+    """Losses of the benchmark's steps, the last of them a replay."""
     losses = {}
     for name, device, overrides in (("captured", graph_device(), CAPTURE), ("eager", graph_device(graph_type=""), ())):
-        cfg = get_config(config, ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.OPTIMIZER", "SGD", *overrides])
-        made = runs.run(request_of(cfg, "train", warmup=4, steps=1, phase_steps=0), device)
-        losses[name] = made["cases"][0]["losses"] if made else []
+        cfg = get_config(config, ["SOLVER.IMS_PER_BATCH", "2", *SGD, *overrides])
+        request = request_of(cfg, "train")
+        side = runs.make_side(request, *runs.side_names(request), device, runs.make_workload(request, device))
+        for _ in range(4):
+            whole(side.phases)
+        losses[name] = side.read_losses()
     return losses
 
 
@@ -104,7 +90,7 @@ def main() -> None:
             captured.batches, eager.batches = spoilt(captured.batches), spoilt(eager.batches)
         found[name] = {way: trained(run, count, parts) for way, run in (("captured", captured), ("eager", eager))}
         if name == "SGD":
-            found["resumed"] = resumed(config, captured, count)
+            found["resumed"] = resumed(captured, count)
     found["benchmark"] = benchmarked(config)
     without = train.build_run(get_config(config, [*SMALL_STEP, *CAPTURE]), get_device("cpu"), directory, False)
     found["without graphs"] = type(without.parallel).__name__, without.captured is None

@@ -76,10 +76,11 @@ def _laid_out(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _check_forward_is_alone(model: nn.Module) -> None:
+    ranks = distributed.world_size()
     for name, module in model.named_modules():
         if isinstance(module, SyncBatchNorm2d):
             raise ConfigError(
-                f"SOLVER.GRAPH_CAPTURE is True with {distributed.world_size()} ranks, but {name} (SyncBN) sums over ranks"
-                " in the forward pass, which no graph may; set its NORM, such as MODEL.RESNETS.NORM, to FrozenBN, GN or"
-                " BN, or SOLVER.GRAPH_CAPTURE to False"
+                f"SOLVER.GRAPH_CAPTURE is True with {ranks} ranks, but {name} (SyncBN) asks the others in the forward"
+                " pass, which no graph does; set its NORM, such as MODEL.RESNETS.NORM, to FrozenBN, GN or BN, or"
+                " SOLVER.GRAPH_CAPTURE to False"
             )

@@ -36,8 +36,8 @@ def asked_for(cfg: CfgNode, device: Device) -> bool:
 
 
 class StepGraphs:
-    """A training step that is captured, see `Recorded`. Every call is a step of training, and in whatever way it runs it
-    computes the same.
+    """A training step that is captured, see `Recorded`. Every call is a step of training, and computes the same in
+    whatever way it runs.
 
     With one rank a step is one graph. With several there are two, for ranks tell each other their gradients in between:
     one of forward and backward, and one of the update, which has no shapes. An update is captured where all it reads
@@ -103,8 +103,8 @@ class StepGraphs:
 
 
 class Recorded:
-    """Work on batches that is captured per shape: first it runs eagerly, WARM_UP times a shape, then it is recorded, from
-    then on replayed."""
+    """Work on batches that is captured per shape: first it runs eagerly, WARM_UP times a shape, then it is recorded,
+    from then on replayed."""
 
     def __init__(self, graphs: Graphs, work: Callable[[Batches], Losses]) -> None:
         self._graphs, self._work = graphs, work
