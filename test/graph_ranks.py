@@ -8,7 +8,7 @@ python test/graph_ranks.py CONFIG DIRECTORY, with torchrun's variables.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from maskrcnn_benchmark.benchmark import runs
 from maskrcnn_benchmark.benchmark.steps import whole
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
-from maskrcnn_benchmark.engine import distributed, graphs, train
+from maskrcnn_benchmark.engine import distributed, graphs, nonfinite, train
+from maskrcnn_benchmark.errors import NonFiniteLossError
 
 
-def spoilt(batches: Iterator) -> Iterator:
-    """Boxes of NaN in one batch of rank 1."""
+def spoilt(batches: Iterator, numbers: Container[int]) -> Iterator:
+    """Boxes of NaN in these batches of rank 1."""
     for number, (images, targets) in enumerate(batches):
-        if number == SPOILT and distributed.rank() == 1:
+        if number in numbers and distributed.rank() == 1:
             targets = replace(targets, boxes=torch.full_like(targets.boxes, torch.nan))
         yield images, targets
 
@@ -40,7 +41,6 @@ def trained(run: train.Run, count: int, parts: int) -> dict[str, Any]:
         "losses": losses,
         "shapes": shapes,
         "model": {name: value.clone() for name, value in run.model.state_dict().items()},
-        "parameters": [name for name, _ in run.model.named_parameters()],
         "parallel": type(run.parallel).__name__,
         "replays": len(run.device.made.replays) if run.captured else 0,
     }
@@ -55,6 +55,19 @@ def resumed(former: train.Run, count: int) -> dict[str, Any]:
         made[name] = train.build_run(former.cfg, device, former.output, resume=True)
         made[name].parallel.train()
     return {name: trained(run, 2, 1) for name, run in made.items()}
+
+
+def reported(run: train.Run) -> str:
+    """What is said when two steps are spoilt and one is allowed."""
+    run.batches, loader = spoilt(run.batches, range(2)), nonfinite.train_loader
+    nonfinite.train_loader = lambda *options: spoilt(loader(*options), range(1))
+    for done in (1, 2):
+        ((losses,), images, _) = steps(run, 1)
+        run.losses.add(done, losses, images[0], losses.pop("left out"))
+    try:
+        train.read_losses(run)
+    except NonFiniteLossError as error:
+        return str(error)
 
 
 def benchmarked(config: Path) -> dict[str, Any]:
@@ -87,10 +100,10 @@ def main() -> None:
         captured = captured_run(config, directory / name, *overrides, **changes)
         eager = make_run(config, directory / name, *overrides, **changes)
         if name == "SGD":
-            captured.batches, eager.batches = spoilt(captured.batches), spoilt(eager.batches)
+            captured.batches, eager.batches = (spoilt(run.batches, {SPOILT}) for run in (captured, eager))
         found[name] = {way: trained(run, count, parts) for way, run in (("captured", captured), ("eager", eager))}
         if name == "SGD":
-            found["resumed"] = resumed(captured, count)
+            found["resumed"], found["report"] = resumed(captured, count), reported(captured)
     found["benchmark"] = benchmarked(config)
     without = train.build_run(get_config(config, [*SMALL_STEP, *CAPTURE]), get_device("cpu"), directory, False)
     found["without graphs"] = type(without.parallel).__name__, without.captured is None
