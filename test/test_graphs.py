@@ -18,7 +18,7 @@ import torch.distributed as dist
 from conftest import ROOT
 from graph_double import graph_device
 from test_benchmark_steps import request_of
-from test_fixed_shapes import SMALL_STEP, make_run, shapes_of
+from test_fixed_shapes import SMALL_STEP, HostWaits, make_run, shapes_of
 
 from maskrcnn_benchmark.benchmark import runs
 from maskrcnn_benchmark.config import get_config
@@ -353,10 +353,12 @@ def test_gradients_in_the_exchanges_buffer(tmp_path):
             conv.weight.grad, conv.bias.grad = torch.randn_like(conv.weight), None
             linear.weight.grad = torch.ones(3, 5) if given else None
             wanted = conv.weight.grad / 2, torch.zeros(5), torch.full((3, 5), 0.5 if given else 0.0)
-            exchange.collect()
-            assert conv.weight.grad is conv.bias.grad is linear.weight.grad is None
-            exchange.add_up()
-            exchange.hand_out()
+            with HostWaits() as waits:
+                exchange.collect()
+                assert conv.weight.grad is conv.bias.grad is linear.weight.grad is None
+                exchange.add_up()
+                exchange.hand_out()
+            assert not waits.found
             for parameter, mean in zip((conv.weight, conv.bias, linear.weight), wanted):
                 assert torch.equal(parameter.grad, mean) and parameter.grad.stride() == parameter.stride()
                 assert (parameter.grad.storage_offset() * 4) % 256 == 0
