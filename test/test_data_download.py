@@ -322,3 +322,14 @@ def test_damaged_archives(tmp_path, damage):
     with pytest.raises(DataError, match=words[damage]):
         unpack(file, tmp_path / "out")
     assert everything_in(tmp_path / "out") == []
+
+
+def test_a_header_with_an_impossible_length(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, type_, content in (("h", tarfile.XHDTYPE, b"99999999999999999999 path=x\n"), ("a", b"0", b"")):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = type_, len(content)
+            archive.addfile(info, io.BytesIO(content))
+    with pytest.raises(DataError, match=r"a\.tar cannot be unpacked"):
+        unpack(tmp_path / "a.tar", tmp_path / "out")
+    assert everything_in(tmp_path / "out") == []

@@ -137,6 +137,60 @@ def test_clocks_of_a_gpu_with_old_and_new_drivers(tmp_path, monkeypatch):
     assert cuda.nvidia_smi("GPU-12") == {}
 
 
+KEPT = """
+import os, re, resource
+from pathlib import Path
+import torch
+from maskrcnn_benchmark.device import get_device
+
+MB = 1 << 20
+
+def block(size):
+    return torch.full((size * MB,), 1, dtype=torch.uint8)
+
+def faults(size):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block(size)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(re.search(r"VmRSS:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+
+get_device("cpu").activate()
+early = block(100)
+print("new", faults(160))
+print("again", faults(160), "smaller", faults(130))
+pair = block(100), block(60)
+del pair
+print("both", faults(100), faults(60))
+before = resident()
+larger = block(400)
+print("grew by", resident() - before)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.empty(400 * MB, dtype=torch.uint8).numel() else 1)
+print("child", os.waitpid(child, 0)[1])
+images = torch.rand(1, 3, 1024, 1600)
+maps = torch.conv2d(images, torch.rand(32, 3, 7, 7), stride=2)  # oneDNN frees by another door
+print("maps", maps.nbytes // MB)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(
+    not hasattr(torch.ops.maskrcnn_benchmark, "keep_large_blocks"), reason="the compiled kernels are not built"
+)
+def test_large_blocks_stay_and_do_not_add_up():
+    """Pages of a block are made once; 64 MB and more of 4 kB pages are 10,000 faults where they are not."""
+    run = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert run.returncode == 0, run.stderr
+    told = dict(re.findall(r"(again|smaller|grew by|child|maps) (\d+)", run.stdout))
+    assert max(int(told["again"]), int(told["smaller"])) < 100, run.stdout
+    assert sum(map(int, re.search(r"both (\d+) (\d+)", run.stdout).groups())) < 100, run.stdout
+    assert int(told["grew by"]) <= 300, "kept blocks were not given up for a new one"
+    assert told["child"] == "0" and int(told["maps"]) > 32
+
+
 def test_a_device_asks_its_module(hardware):
     asked = []
     for name, answer in {

@@ -68,9 +68,10 @@ _TIMEOUT = 60  # seconds without a byte
 # bomb. COCO's annotations, JSON, are 4 times theirs; zip's and gzip's greatest possible ratio is about 1000.
 _MOST_GROWTH, _HARMLESS = 30, 1 << 30
 _MOST_FILES = 2_000_000
-# What zipfile and tarfile raise at damaged, encrypted (RuntimeError) or unknown archives
+# What zipfile and tarfile raise at damaged, encrypted (RuntimeError) or unknown archives; OverflowError: a length in a
+# tar's extended header that no index can be
 _DAMAGES = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
-_DAMAGES += (EOFError, RuntimeError, ValueError, OSError, MemoryError)
+_DAMAGES += (EOFError, RuntimeError, ValueError, OverflowError, OSError, MemoryError)
 _GOES_ON = "the same command goes on where it stopped"
 
 
