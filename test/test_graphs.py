@@ -233,7 +233,7 @@ def ranks(tiny_config, tmp_path_factory) -> list[dict]:
     command = [sys.executable, ROOT / "test" / "graph_ranks.py", tiny_config, directory]
     processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in (0, 1)]
     try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()
