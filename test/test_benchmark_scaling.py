@@ -1,6 +1,7 @@
 """tools/benchmark.py scaling: its formulas against figures worked by hand, its buckets against torch's own."""
 
 import json
+import re
 
 import pytest
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from maskrcnn_benchmark.errors import UserError
 # Nodes of 4 with links of 1 GB/s and 10 us, a network of .1 GB/s and 100 us
 CLUSTER = Cluster(4, Link(1.0, 10.0), Link(0.1, 100.0), launch_microseconds=1000.0)
 FULL = ROOT / "configs" / "e2e_mask_rcnn_R_50_FPN_1x.yaml"
+WIDE = ("MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM", "1024")
 STEP = Step(milliseconds=100.0, backward=60.0, images=2, source="by hand")
 
 
@@ -82,7 +84,7 @@ def test_buckets_and_their_order_are_torchs(cfg, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def cfg(tiny_config):
     """Wide enough for a few buckets of 1 MB."""
-    return get_config(tiny_config, ["MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.ROI_BOX_HEAD.MLP_HEAD_DIM", "1024"])
+    return get_config(tiny_config, WIDE)
 
 
 def test_gradients_of_r50_fpn():
@@ -181,11 +183,18 @@ def test_what_the_tool_prints_and_writes(run, cfg, tmp_path):
     assert "network: 0.5 GB/s each way, 14 us (as given)" in done.stdout
 
 
-def test_a_given_step_needs_no_file(run, tiny_config):
+def test_a_given_step_needs_no_file_and_captured_steps_hide_nothing(run, tiny_config):
+    """Captured, all gradients are exchanged at once after the backward pass."""
     done = run("tools/benchmark.py", "scaling", "--step-ms", 50, "--batch", 4, "--size", "96x96", "--positives", 4,
-               "--config-file", tiny_config, "--devices", 1)  # fmt: skip
+               "--config-file", tiny_config, "--devices", 1, "--devices", 8, "--node-bandwidth", 1, *WIDE,
+               "DISTRIBUTED.BUCKET_MB", 1, "SOLVER.GRAPH_CAPTURE", "True")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "80.00 images/s" in done.stdout and done.stdout.splitlines()[-1].endswith("100.0%      80.0  computing")
+    one, eight = (line.split() for line in done.stdout.splitlines()[-2:])
+    assert "80.00 images/s" in done.stdout and one[-3:] == ["100.0%", "80.0", "computing"]
+    size = float(re.search(r"parameters: (\S+) MB .* in 1 buckets", done.stdout)[1])
+    milliseconds = 2 * 7 * (size / 8 + 0.0034) + 0.0084
+    assert size > 2 and float(eight[2]) == float(eight[4]) == pytest.approx(milliseconds, abs=0.05)
+    assert eight[3] == "0.0%"
 
 
 @pytest.mark.parametrize(

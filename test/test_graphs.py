@@ -5,21 +5,27 @@ from __future__ import annotations
 import inspect
 import itertools
 import logging
+import os
+import subprocess
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from conftest import ROOT
 from graph_double import graph_device
 from test_benchmark_steps import request_of
-from test_fixed_shapes import SMALL_STEP, make_run, shapes_of
+from test_fixed_shapes import SMALL_STEP, HostWaits, make_run, shapes_of
 
 from maskrcnn_benchmark.benchmark import runs
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.device.graphs import Graphs
 from maskrcnn_benchmark.engine import distributed, graphs
+from maskrcnn_benchmark.engine.exchange import GradientExchange
 from maskrcnn_benchmark.engine.optim import set_learning_rate
 from maskrcnn_benchmark.engine.train import build_run, save, train_step
 from maskrcnn_benchmark.errors import ConfigError, DeviceError, UserError
@@ -45,22 +51,24 @@ def steps(run, count: int, parts: int = 1) -> tuple[list, list, list]:
         set_learning_rate(run.optimizer, torch.tensor(run.schedule.lr(iteration) * (1 + iteration)).item())
         distributed.seed_step(run.cfg.SEED, iteration)
         batches = [next(run.batches) for _ in range(parts)]
-        losses.append(train_step(run, batches))
+        losses.append(train_step(run, batches) | {"left out": run.guard.left_out.clone()})
         images += [images_.image_ids for images_, _ in batches]
         shapes.append(tuple(tuple(shapes_of(batch)) for batch in batches))
     return losses, images, shapes
 
 
+SGD = ("SOLVER.OPTIMIZER", "SGD")
+CLIPPED = ("SOLVER.OPTIMIZER", "AdamW", "SOLVER.CLIP_GRADIENTS_NORM", "1.0", "DTYPE", "bfloat16")
 HALF = {"autocast_dtypes": (torch.bfloat16, torch.float16), "grad_scaler": True}
 
 
 @pytest.mark.parametrize(
     ("overrides", "count", "parts", "warm_up", "changes"),
     [
-        (("SOLVER.OPTIMIZER", "SGD"), 20, 1, 3, {}),
-        (("SOLVER.OPTIMIZER", "AdamW", "SOLVER.CLIP_GRADIENTS_NORM", "1.0", "DTYPE", "bfloat16"), 12, 1, 1, {}),
-        (("SOLVER.OPTIMIZER", "SGD", "DTYPE", "float16"), 8, 1, 1, HALF),
-        (("SOLVER.OPTIMIZER", "SGD", "SOLVER.ACCUMULATE_STEPS", "2"), 16, 2, 0, {}),
+        (SGD, 20, 1, 3, {}),
+        (CLIPPED, 12, 1, 1, {}),
+        ((*SGD, "DTYPE", "float16"), 8, 1, 1, HALF),
+        ((*SGD, "SOLVER.ACCUMULATE_STEPS", "2"), 16, 2, 0, {}),
     ],
     ids=["SGD", "AdamW-bf16-clipped", "SGD-fp16-scaled", "accumulated"],
 )
@@ -101,7 +109,6 @@ def test_what_the_double_is_for(one_image):
     run, batch = one_image("SOLVER.OPTIMIZER", "SGD")
     for group in run.optimizer.param_groups:
         group["lr"] = 0.0
-    run.captured._whole = True
     before = run.model.state_dict()["rpn.head.conv.weight"].clone()
     for _ in range(2):
         train_step(run, [batch])
@@ -195,6 +202,105 @@ def test_an_optimizer_that_takes_a_number_updates_beside_the_graph(tiny_config, 
         assert not updates & {operator._schema.name.split("::")[1] for operator, *_ in recorder.calls}
 
 
+RETINANET = (
+    *("MODEL.RETINANET_ON", "True", "MODEL.MASK_ON", "False", "MODEL.BACKBONE.CONV_BODY", "R-18-FPN-RETINANET"),
+    *("MODEL.RETINANET.NUM_CLASSES", "6", "MODEL.RETINANET.NUM_CONVS", "1", "MODEL.RESNETS.NORM", "BN"),
+    *("MODEL.RETINANET.LOSS_NORMALIZER", "moving_average"),
+)
+# All RoIs are sampled, and so are ground truth's: a NaN in its boxes comes to the losses
+SKIPPING = (*SGD, "SOLVER.SKIP_NONFINITE_STEPS", "1", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "64")
+# Of graph_ranks.py: overrides, steps, micro-batches a step, and what is other about the device
+VARIANTS = {
+    "SGD": (SKIPPING, 8, 1, {}),
+    "AdamW-bf16-clipped": (CLIPPED, 6, 1, {}),
+    "SGD-fp16-scaled": ((*SGD, "DTYPE", "float16"), 6, 1, HALF),
+    "accumulated": ((*SGD, "SOLVER.ACCUMULATE_STEPS", "2", "SOLVER.IMS_PER_BATCH", "4"), 9, 2, {}),
+    "buffers": ((*SGD, *RETINANET), 5, 1, {}),
+    "host": (SGD, 5, 1, {"optimizers": {"SGD": torch.optim.SGD}}),
+    "host-own-gradients": (SGD, 5, 1, {"optimizers": {"SGD": HostSGD}, "gradient_views": False}),
+}
+STATISTICS = ("running_mean", "running_var", "positives_average")
+SPOILT = 6  # of the first one's steps: both ranks replay it
+
+
+@pytest.fixture(scope="module")
+def ranks(tiny_config, tmp_path_factory) -> list[dict]:
+    """What graph_ranks.py found on each of two ranks."""
+    directory = tmp_path_factory.mktemp("ranks")
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "test" / "graph_ranks.py", tiny_config, directory]
+    processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in (0, 1)]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def assert_same(mine: dict, theirs: dict) -> None:
+    """What graph_ranks.trained gives."""
+    assert mine["shapes"] == theirs["shapes"] and len(mine["losses"]) == len(theirs["losses"])
+    for ours, wanted in zip(mine["losses"], theirs["losses"]):
+        assert ours.keys() == wanted.keys()
+        assert all(torch.equal(ours[name].nan_to_num(7), wanted[name].nan_to_num(7)) for name in ours)
+    for name, value in mine["model"].items():
+        assert torch.equal(value, theirs["model"][name]), name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_captured_ranks_train_as_distributed_data_parallel(ranks, name):
+    """Bit for bit, also where one rank replays a step that the other computes eagerly; from weights and buffers that
+    were others on rank 1. Running statistics are the main rank's alone."""
+    both = [found[name] for found in ranks]
+    for found in both:
+        captured, eager = found["captured"], found["eager"]
+        assert captured["parallel"] != eager["parallel"] == "DistributedDataParallel"
+    assert_same(both[0]["captured"], both[0]["eager"])
+    first, second = (found["captured"] for found in both)
+    for key, value in first["model"].items():
+        assert torch.equal(value, second["model"][key]) or key.endswith(STATISTICS), key
+    replayed = [[shape in way["shapes"][:step] for step, shape in enumerate(way["shapes"])] for way in (first, second)]
+    assert sum(replayed[0]) > 0 and sum(replayed[1]) > 0
+    assert name == "buffers" or any(a != b for a, b in zip(*replayed)), "the ranks always did alike"
+    update = 0 if name.startswith("host") else len(replayed[0]) - 1
+    assert [way["replays"] for way in (first, second)] == [sum(steps_) + update for steps_ in replayed]
+
+
+def test_a_nan_on_one_rank_is_left_out_on_both(ranks):
+    for found in ranks:
+        left_out = [step["left out"].item() for step in found["SGD"]["captured"]["losses"]]
+        assert left_out == [0, 0, 0, 0, 0, 0, 1, 0] and left_out[SPOILT]
+    sums = [[sum(step.values()).isfinite() for step in found["SGD"]["captured"]["losses"]] for found in ranks]
+    assert all(sums[0]) and not sums[1][SPOILT]
+
+
+def test_the_rank_of_a_nan_is_named(ranks):
+    """One step was allowed. Every rank computes its part of the second again, without the others' gradients."""
+    said = ranks[0]["report"]
+    assert said == ranks[1]["report"] and said.startswith("iteration 2: ") and " on rank 1, images [" in said
+    assert "rank 0" not in said and "passing fault" not in said
+
+
+def test_ranks_continue_with_and_without_graphs(ranks):
+    for found in ranks:
+        former, captured, eager = found["resumed"].values()
+        assert captured["parallel"] != eager["parallel"] == "DistributedDataParallel"
+        assert_same(captured, former)
+        assert_same(eager, former)
+
+
+def test_the_benchmark_measures_captured_ranks(ranks):
+    losses = ranks[0]["benchmark"]
+    assert losses["captured"] == losses["eager"] and len(losses["eager"]) == 4
+
+
+def test_ranks_without_graphs_run_eagerly(ranks):
+    assert [found["without graphs"] for found in ranks] == [("DistributedDataParallel", True)] * 2
+
+
 def test_a_device_without_graphs_runs_eagerly_and_says_so(tiny_config, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run = make_run(tiny_config, tmp_path, *CAPTURE)
@@ -204,15 +310,17 @@ def test_a_device_without_graphs_runs_eagerly_and_says_so(tiny_config, tmp_path,
     assert run.captured is None and len(losses) == 2
 
 
-def test_refusals(monkeypatch, tiny_config):
+def test_refusals(monkeypatch, tiny_config, tmp_path):
     with pytest.raises(DeviceError, match="device cpu cannot record work as a graph"):
         get_device("cpu").graphs()
     with pytest.raises(ConfigError, match="ApexFusedSGD takes its learning rate from the host"):
         get_config(tiny_config, [*CAPTURE, "SOLVER.OPTIMIZER", "ApexFusedSGD"])
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(ConfigError, match="GRAPH_CAPTURE is True with 2 ranks"):
-        graphs.asked_for(get_config(tiny_config, CAPTURE), graph_device())
     assert not graphs.asked_for(get_config(tiny_config), graph_device())
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(
+        ConfigError, match=r"2 ranks, but backbone\.body\.\S+ \(SyncBN\) asks the others .* MODEL.RESNETS.NORM"
+    ):
+        captured_run(tiny_config, tmp_path, "MODEL.RESNETS.NORM", "SyncBN")
 
 
 def test_a_run_continues_with_and_without_graphs(tiny_config, tmp_path):
@@ -227,6 +335,36 @@ def test_a_run_continues_with_and_without_graphs(tiny_config, tmp_path):
         set_learning_rate(run.optimizer, 0.25)
         train_step(run, [next(run.batches)])
         assert all(group["lr"] == 0.25 * group["lr_factor"] for group in run.optimizer.param_groups)
+
+
+def test_gradients_in_the_exchanges_buffer(tmp_path):
+    """Each with its weight's size and strides, at a multiple of 256 bytes, divided by the ranks; 0 where there is none,
+    also after a step with one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(5, 3)).to(
+            memory_format=torch.channels_last
+        )
+        model[1].bias.requires_grad_(False)
+        exchange = GradientExchange(model, graph_device())
+        exchange._ranks = 2
+        conv, linear = model[0], model[1]
+        for given in (True, False):
+            conv.weight.grad, conv.bias.grad = torch.randn_like(conv.weight), None
+            linear.weight.grad = torch.ones(3, 5) if given else None
+            wanted = conv.weight.grad / 2, torch.zeros(5), torch.full((3, 5), 0.5 if given else 0.0)
+            with HostWaits() as waits:
+                exchange.collect()
+                assert conv.weight.grad is conv.bias.grad is linear.weight.grad is None
+                exchange.add_up()
+                exchange.hand_out()
+            assert not waits.found
+            for parameter, mean in zip((conv.weight, conv.bias, linear.weight), wanted):
+                assert torch.equal(parameter.grad, mean) and parameter.grad.stride() == parameter.stride()
+                assert (parameter.grad.storage_offset() * 4) % 256 == 0
+        assert model[1].bias.grad is None and conv.weight.stride() == (27, 1, 9, 3)
+    finally:
+        dist.destroy_process_group()
 
 
 class FakeModule:

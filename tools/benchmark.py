@@ -25,6 +25,7 @@ compare and gate exit with 0 where all is fine, 1 at a regression, 2 where the r
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
 import sys
@@ -466,7 +467,9 @@ def run_scaling(args: argparse.Namespace) -> int:
         )
         step = scaling.given_step(cfg, size, positives, args.step_ms, args.batch)
     loader = scaling.read_loader(args.data) if args.data else None
-    filled = scaling.buckets(flops.gradients(cfg, size, positives), cfg.DISTRIBUTED.BUCKET_MB)
+    # Between the graphs of a captured step all gradients are exchanged at once
+    bucket_mb = math.inf if cfg.SOLVER.GRAPH_CAPTURE else cfg.DISTRIBUTED.BUCKET_MB
+    filled = scaling.buckets(flops.gradients(cfg, size, positives), bucket_mb)
     predictions = [scaling.predict(step, filled, cluster, n, loader) for n in args.devices or (8, 64, 256)]
     epochs = []
     if args.infer:

@@ -93,7 +93,7 @@ class Bucket:
 
 def buckets(gradients: Sequence[flops.Gradient], bucket_mb: float) -> list[Bucket]:
     """As DistributedDataParallel fills them from its second step on: in the order in which gradients come, a bucket is
-    closed by the one with which it reaches its size."""
+    closed by the one with which it reaches its size (inf: all are in one)."""
     filled: list[Bucket] = []
     size = count = 0
     for number, gradient in enumerate(gradients, 1):
@@ -144,7 +144,7 @@ def predict(
         nodes=cluster.nodes(devices),
         all_reduce=all_reduce,
         exposed=exposed,
-        overlap=(all_reduce - exposed) / step.backward,
+        overlap=max(0.0, all_reduce - exposed) / step.backward,  # rounding
         step=whole,
         efficiency=step.milliseconds / whole,
         images_per_second=1000 * step.images * devices / whole,

@@ -81,7 +81,7 @@ def training_side(
     elif cfg.MODEL.WEIGHT:
         load_weights(model, cfg.MODEL.WEIGHT, cfg.MODEL.ALLOW_PICKLE)
     model.train()
-    parallel = parallelize(model, device, cfg.DISTRIBUTED.BUCKET_MB)
+    parallel = model if cfg.SOLVER.GRAPH_CAPTURE else parallelize(model, device, cfg.DISTRIBUTED.BUCKET_MB)
 
     def data(_: None) -> tuple[ImageBatch, Any]:
         batch = next(batches)
@@ -125,6 +125,7 @@ def captured(device: Device, optimizer: torch.optim.Optimizer, side: Side, phase
 
     Raises:
         DeviceError: the device records no graphs.
+        ConfigError: see GradientExchange.
     """
     counts = {"sampled": side.counts.sampled, "mask_head": side.counts.mask_head}
 
@@ -132,7 +133,7 @@ def captured(device: Device, optimizer: torch.optim.Optimizer, side: Side, phase
         phases["backward"](phases["forward"](*batches))
         return side.losses.pop() | {name: values.pop() for name, values in counts.items()}
 
-    step = StepGraphs(device, optimizer, gradients, lambda: phases["optimizer"](None))
+    step = StepGraphs(device, side.model, optimizer, gradients, lambda: phases["optimizer"](None))
 
     def whole(batch: Any) -> None:
         made = step([batch])

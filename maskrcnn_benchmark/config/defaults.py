@@ -414,7 +414,8 @@ _C.SOLVER.CLIP_GRADIENTS_NORM = 0.0
 # scaler leaves out steps of its own, which do not count
 _C.SOLVER.SKIP_NONFINITE_STEPS = 0
 # (+) Record a training step as a graph of the device and replay it, a graph for each shape of a batch
-# (INPUT.FIXED_SHAPES keeps them few). Devices without graphs run eagerly and say so. One rank; docs/performance.md
+# (INPUT.FIXED_SHAPES keeps them few). Devices without graphs run eagerly and say so. Several ranks exchange gradients
+# between two graphs, and have no SyncBN; docs/performance.md
 _C.SOLVER.GRAPH_CAPTURE = False
 # Iterations from one checkpoint to the next
 _C.SOLVER.CHECKPOINT_PERIOD = 2500
@@ -432,7 +433,7 @@ _C.DISTRIBUTED = CN()
 # for; they also wait while the main rank scores a large test set
 _C.DISTRIBUTED.TIMEOUT = 3600
 # (+) MB (2^20 bytes) of gradients that ranks average at a time, while the backward pass goes on. Torch's own choice: 1,
-# 5 and 100 were as fast on two ranks (docs/scaling.md)
+# 5 and 100 were as fast on two ranks (docs/scaling.md). With SOLVER.GRAPH_CAPTURE all are averaged at once
 _C.DISTRIBUTED.BUCKET_MB = 25
 
 _C.MLPERF = CN()

@@ -42,7 +42,7 @@ class Device:
     mirrors_images: it mirrors training images itself, so that data workers need not.
     fused_optimizer: torch.optim's `fused=True` works on it.
     graph_type: the class of its module that records work as a graph; empty where it has none. See `graphs`.
-    gradient_views: its optimizers work on gradients that are views of DistributedDataParallel's buckets.
+    gradient_views: its optimizers work on gradients that are views of the buffers which ranks exchange.
     optimizers: optimizers of the device's own, by SOLVER.OPTIMIZER's name; they replace torch's.
     """
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -154,11 +154,18 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def share(tensors: Iterable[Tensor]) -> None:
+    """Gives every rank the main rank's values."""
+    for tensor in tensors:
+        values = tensor.detach().contiguous()  # NCCL takes no strides of other kinds
+        dist.broadcast(values, 0)
+        tensor.detach().copy_(values)
+
+
 def share_buffers(model: nn.Module) -> None:
     """Gives every rank the main rank's running statistics, so that all evaluate the model that is saved."""
     if dist.is_initialized() and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        share(model.buffers())
 
 
 def all_values(value: T) -> list[T]:

@@ -66,7 +66,6 @@ class Run:
     device: Device
     output: Path
     model: nn.Module
-    parallel: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     guard: nonfinite.Guard
@@ -87,6 +86,7 @@ class Run:
     scorer: scoring.Background = field(default_factory=scoring.Background)
     pending: Pending | None = None
     loss: float | None = None
+    parallel: nn.Module = field(init=False)
     losses: LossWindow = field(init=False)
     pace: Pace = field(init=False)
     termination: watch.Termination = field(default_factory=watch.Termination)
@@ -97,8 +97,11 @@ class Run:
     def __post_init__(self) -> None:
         self.losses = LossWindow(self.guard.policy, self.guard.allowed)
         if graphs.asked_for(self.cfg, self.device):
+            self.parallel = self.model
             both = partial(gradients, self), partial(update_parameters, self)
-            self.captured = graphs.StepGraphs(self.device, self.optimizer, *both)
+            self.captured = graphs.StepGraphs(self.device, self.model, self.optimizer, *both)
+        else:
+            self.parallel = parallelize(self.model, self.device, self.cfg.DISTRIBUTED.BUCKET_MB)
         self.pace = Pace(self.device, marked=self.captured is None)
 
 
@@ -435,7 +438,6 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool | Path) -
         device=device,
         output=output,
         model=model,
-        parallel=parallelize(model, device, cfg.DISTRIBUTED.BUCKET_MB),
         optimizer=optimizer,
         scaler=scaler,
         guard=nonfinite.Guard(cfg, optimizer, scaler, device),
