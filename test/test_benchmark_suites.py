@@ -282,7 +282,13 @@ def test_an_interrupted_gate_leaves_no_worktree(copy, tmp_path, signal_, code):
     places = tmp_path / "places"
     places.mkdir()
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "TMPDIR": str(places)}
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(places)},
+        # A shell's background jobs ignore the interrupt, and all that they start, if they are not told otherwise
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as gate:
         said = gate.stderr.readline()
         assert said.startswith("building HEAD") and any(places.iterdir()), said + gate.stderr.read()
