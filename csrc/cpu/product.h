@@ -1,4 +1,4 @@
-// Blocks of matrix products with AVX-512, float32 or bfloat16 with float32 sums: what conv3x3.cpp and linear.cpp are
+// Blocks of matrix products with AVX-512, float32 or bfloat16 with float32 sums: what conv3x3.cpp and pointwise.cpp are
 // made of. Only for files whose kernels are registered where the processor has these instructions.
 #pragma once
 
