@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import subprocess
@@ -97,3 +98,12 @@ def run():
         return subprocess.run([*command, *map(str, arguments)], **options)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def benchmark_tool():
+    """tools/benchmark.py as a module, for calls in this process."""
+    spec = importlib.util.spec_from_file_location("benchmark_tool", ROOT / "tools" / "benchmark.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,7 +1,6 @@
 """tools/benchmark.py ops: the timing by hand-made clocks and calls, the cases at a small size, the tool's words."""
 
 import gc
-import importlib.util
 import json
 import math
 import sys
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from maskrcnn_benchmark import command
 from maskrcnn_benchmark.benchmark import cases, roofline, timing
@@ -23,23 +21,15 @@ SMALL = cases.Setup(torch.device("cpu"), scale=0.005)
 NAN = float("nan")
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("benchmark_tool", ROOT / "tools" / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def call(tool, monkeypatch, capsys):
+def call(benchmark_tool, monkeypatch, capsys):
     """Runs the tool in this process: exit status, stdout, stderr."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
         threads = torch.get_num_threads()
         with pytest.raises(SystemExit) as stop:
-            command.run(tool.main)
+            command.run(benchmark_tool.main)
         torch.set_num_threads(threads)
         return stop.value.code, *capsys.readouterr()
 
@@ -295,8 +285,8 @@ def test_what_pooling_must_do_by_hand():
 # ---- the tool
 
 
-def test_what_the_file_holds(call, tool, monkeypatch, tmp_path):
-    monkeypatch.setattr(tool, "ops_cases", lambda images: [simple_case(torch.exp, torch.exp)])
+def test_what_the_file_holds(call, benchmark_tool, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark_tool, "ops_cases", lambda images: [simple_case(torch.exp, torch.exp)])
     out = tmp_path / "ops.json"
     code, stdout, stderr = call("ops", "--device", "cpu", "--against", "composite", "--repeats", 3, "--threads", 1,
                                 "--out", out)  # fmt: skip
@@ -319,9 +309,9 @@ def test_what_the_file_holds(call, tool, monkeypatch, tmp_path):
     assert row["roofline"]["bytes"] == 32 and row["roofline"]["flop"] == 1000 and report["roof"] is None
 
 
-def test_a_wrong_kernel_does_not_win(call, tool, monkeypatch, tmp_path):
+def test_a_wrong_kernel_does_not_win(call, benchmark_tool, monkeypatch, tmp_path):
     right, wrong = simple_case(torch.exp, torch.exp), simple_case(torch.sin, torch.exp, name="wrong one")
-    monkeypatch.setattr(tool, "ops_cases", lambda images: [wrong, right])
+    monkeypatch.setattr(benchmark_tool, "ops_cases", lambda images: [wrong, right])
     out = tmp_path / "ops.json"
     code, stdout, stderr = call("ops", "--device", "cpu", "--against", "composite", "--repeats", 1, "--out", out)
     assert code == 1
@@ -332,12 +322,12 @@ def test_a_wrong_kernel_does_not_win(call, tool, monkeypatch, tmp_path):
     assert second["agreement"]["agrees"] and second["ratio"] > 0
 
 
-def test_verdicts_hold_targets_against_ratios(call, tool, monkeypatch, tmp_path):
+def test_verdicts_hold_targets_against_ratios(call, benchmark_tool, monkeypatch, tmp_path):
     """Of torchvision's peer on a CPU at full size, and nowhere else."""
     slow = simple_case(torch.exp, lambda x: [x.exp() for _ in range(2000)][-1])
     both = [replace(slow, name="easy", target=2.0), replace(slow, name="hard", target=1e9)]
-    monkeypatch.setattr(tool, "ops_cases", lambda images: both)
-    monkeypatch.setattr(tool.peers, "import_torchvision", lambda: SimpleNamespace(__version__="1.2"))
+    monkeypatch.setattr(benchmark_tool, "ops_cases", lambda images: both)
+    monkeypatch.setattr(benchmark_tool.peers, "import_torchvision", lambda: SimpleNamespace(__version__="1.2"))
     out = tmp_path / "ops.json"
     arguments = ("ops", "--device", "cpu", "--repeats", 3, "--out", out, "--against")
     assert call(*arguments, "torchvision")[0] == 0  # a missed target is no error
@@ -349,9 +339,9 @@ def test_verdicts_hold_targets_against_ratios(call, tool, monkeypatch, tmp_path)
         assert [row["verdict"] for row in json.loads(out.read_text())["cases"]] == [None, None]
 
 
-def test_without_a_peer_ours_is_timed_alone(call, tool, monkeypatch):
-    monkeypatch.setattr(tool, "ops_cases", lambda images: [simple_case(torch.exp, torch.sin)])
-    monkeypatch.setattr(tool.roofline, "measure_roof", lambda *_: roofline.Roof(1e-9, {"float32": 5.0}))
+def test_without_a_peer_ours_is_timed_alone(call, benchmark_tool, monkeypatch):
+    monkeypatch.setattr(benchmark_tool, "ops_cases", lambda images: [simple_case(torch.exp, torch.sin)])
+    monkeypatch.setattr(benchmark_tool.roofline, "measure_roof", lambda *_: roofline.Roof(1e-9, {"float32": 5.0}))
     code, stdout, stderr = call("ops", "--device", "cpu", "--repeats", 1, "--markdown", "--roofline")
     assert (code, stderr) == (0, "")
     *table, roof = stdout.splitlines()

@@ -13,6 +13,7 @@ times every operator at the sizes of an 800 x 1344 training pair, ours and torch
   python tools/benchmark.py data --against detectron2 --config-file configs/quickstart.yaml DATA.PATH my_data
   python tools/benchmark.py eval                                                              COCO evaluation alone
   python tools/benchmark.py scaling --train train.json                  what 8, 64 and 256 such devices would give
+  python tools/benchmark.py floor --kernels cuda --tflops 790 --bandwidth 4300        the least time of a GPU's step
 
   python tools/benchmark.py run configs/benchmark/cpu_quick.yaml --out base.json      a suite, in fresh processes
   python tools/benchmark.py gate configs/benchmark/cpu_quick.yaml base.json           is this build slower?
@@ -55,6 +56,7 @@ from maskrcnn_benchmark.benchmark import (
     steps,
     suites,
     timing,
+    traffic,
 )
 from maskrcnn_benchmark.benchmark.cases import Case, Setup, ops_cases
 from maskrcnn_benchmark.benchmark.compare import Comparison, Limits, compare
@@ -88,6 +90,7 @@ def parse() -> argparse.Namespace:
         add_data,
         add_eval,
         add_scaling,
+        add_floor,
         add_run,
         add_compare,
         add_gate,
@@ -480,6 +483,93 @@ def run_scaling(args: argparse.Namespace) -> int:
     if args.out:
         results.write(args.out, {"format": results.FORMAT, "command": sys.argv, **about})
     return 0
+
+
+def add_floor(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "floor",
+        help="count what a step must move and compute, and the least time for it",
+        description="Counts every operator of a training or inference step, the bytes that it must move and its FLOP,"
+        " on tensors without values: nothing runs on a device. Then reckons how long each would take, at the rates of"
+        " a copy and of a matrix product, if it reached the one that it is bound by: the sum is the least time of a"
+        " step with these operators; that of convolutions and products alone, the least of any step of this model. The"
+        " rules of counting are in maskrcnn_benchmark/benchmark/traffic.py.",
+    )
+    parser.add_argument("--kind", choices=("train", "infer"), default="train", help="default train")
+    parser.add_argument("--config-file", metavar="YAML", help=f"the model (default {peers.CONFIG})")
+    parser.add_argument(
+        "--device",
+        help="whose operators are counted, and whose rates are measured; replaces MODEL.DEVICE",
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=traffic.KERNELS,
+        default="",
+        help="count the operators of a build for such a device instead, which need not be here",
+    )
+    parser.add_argument("--dtype", choices=(*DTYPES, "float16"), help="autocast's (default: the configuration's)")
+    parser.add_argument(
+        "--size", type=image_size, default="800x1344", metavar="HxW", help="of the images, or the short side of 3:4"
+        " ones; padded as the loader pads them (default 800x1344)",
+    )  # fmt: skip
+    parser.add_argument("--batch", type=positive, default=2, metavar="N", help="images a step (default 2)")
+    parser.add_argument(
+        "--positives", type=positive, default=128, metavar="N", help="training: RoIs an image in the mask head; where"
+        " shapes are fixed all that the configuration samples, positive or not (default 128)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tflops", type=above_zero, metavar="T", help="10^12 FLOP a second of a product (default: measured)"
+    )
+    parser.add_argument(
+        "--bandwidth", type=above_zero, metavar="GB/S", help="of a copy, read and written together (default: measured)"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write every kernel, and what called it, as JSON")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="configuration keys")
+    parser.set_defaults(function=run_floor)
+
+
+def run_floor(args: argparse.Namespace) -> int:
+    if args.out:
+        require_directory("--out", args.out)
+    cfg = get_config(args.config_file or suites.ROOT / peers.CONFIG, args.overrides)
+    device = get_device(args.device or cfg.MODEL.DEVICE)
+    dtype, multiple = getattr(torch, args.dtype or cfg.DTYPE), max(1, cfg.DATALOADER.SIZE_DIVISIBILITY)
+    height, width = (-(-side // multiple) * multiple for side in args.size)
+    step = traffic.Step(args.kind, (height, width), args.batch, dtype, args.positives, args.kernels)
+    counted = traffic.count(cfg, device, step)
+    about = traffic.reckon(counted, step, given_roof(args.tflops, args.bandwidth, device, dtype))
+    for table in traffic.tables(about):
+        print_table(table, args.markdown)
+    print("\n".join(traffic.summary(about)))
+    if args.out:
+        results.write(args.out, {"format": results.FORMAT, "benchmark": "floor", "command": sys.argv, **about})
+    return 0
+
+
+def given_roof(tflops: float | None, bandwidth: float | None, device: Device, dtype: torch.dtype) -> roofline.Roof:
+    """What is not given is measured. tflops: of products of any dtype."""
+    dtypes = {dtype, torch.float32}
+    if tflops and bandwidth:
+        return roofline.Roof(bandwidth, {str(one).removeprefix("torch."): 1000 * tflops for one in dtypes})
+    measured = roofline.measure_roof(device, dtypes)
+    products = {name: 1000 * tflops if tflops else rate for name, rate in measured.gflop_per_second.items()}
+    return roofline.Roof(bandwidth or measured.gb_per_second, products)
+
+
+def print_table(rows: list[tuple[str, ...]], markdown: bool) -> None:
+    """The first row is the head; the first column is text, the others stand to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for number, row in enumerate(rows):
+        if markdown:
+            print(f"| {' | '.join(row)} |" + ("" if number else "\n" + "|---" * len(row) + "|"))
+        else:
+            first, *others = (
+                text.ljust(width) if not place else text.rjust(width)
+                for place, (text, width) in enumerate(zip(row, widths))
+            )
+            print("  ".join((first, *others)))
+    print()
 
 
 def started_result(device: Device, ranks: int) -> dict[str, Any]:

@@ -32,7 +32,28 @@ def _deformable_flop(input_shape, offset_shape, mask_shape, weight_shape, *args,
     return 2 * batch * channels * height * width * math.prod(weight_shape[1:])
 
 
-FORMULAS = {torch.ops.maskrcnn_benchmark.deform_conv2d: _deformable_flop}
+def _direct_flop(input_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """Of conv3x3 and pointwise: a direct convolution's, whatever the kernel saves."""
+    return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
+
+
+def _input_gradient_flop(grad_shape, weight_shape, *args, **kwargs) -> int:
+    return 2 * math.prod(grad_shape) * math.prod(weight_shape[1:])
+
+
+def _weight_gradient_flop(grad_shape, input_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(grad_shape) * math.prod(out_shape[0][1:])
+
+
+FORMULAS = {
+    torch.ops.maskrcnn_benchmark.deform_conv2d: _deformable_flop,
+    torch.ops.maskrcnn_benchmark.conv3x3: _direct_flop,
+    torch.ops.maskrcnn_benchmark.conv3x3_input_gradient: _input_gradient_flop,
+    torch.ops.maskrcnn_benchmark.conv3x3_weight_gradient: _weight_gradient_flop,
+    torch.ops.maskrcnn_benchmark.pointwise: _direct_flop,
+    torch.ops.maskrcnn_benchmark.pointwise_input_gradient: _input_gradient_flop,
+    torch.ops.maskrcnn_benchmark.pointwise_weight_gradient: _weight_gradient_flop,
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +73,7 @@ def training_flops(cfg: CfgNode, size: tuple[int, int], backward: bool = True) -
     """Forward, or forward and backward, of padded images of `size` (height, width)."""
 
     def count(model: RCNN, positives: int) -> int:
-        _hold_positives(model, positives)
+        hold_positives(model, positives)
         with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
             loss = sum(model.train()(*_meta_batch(cfg, size)).values())
             if backward:
@@ -75,7 +96,7 @@ def gradients(cfg: CfgNode, size: tuple[int, int], positives: int) -> list[Gradi
     """In the order in which the backward pass of an image of `size` (height, width), with so many positive RoIs in the
     mask head, makes them."""
     model = build_model(cfg, Device(torch.device("meta"))).train()
-    _hold_positives(model, positives)
+    hold_positives(model, positives)
     made: list[tuple[str, int, int]] = []
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         loss = sum(model(*_meta_batch(cfg, size)).values())
@@ -89,7 +110,7 @@ def gradients(cfg: CfgNode, size: tuple[int, int], positives: int) -> list[Gradi
     return [Gradient(name, values, flop / backward) for name, values, flop in made]
 
 
-def _hold_positives(model: RCNN, positives: int) -> None:
+def hold_positives(model: RCNN, positives: int) -> None:
     for head in getattr(model, "heads_after_box", []):  # RetinaNet has none
         for stage in getattr(head, "stages", [head]):  # of a cascade each is taken to have as many positives
             stage.positives_per_image = positives
@@ -115,19 +136,30 @@ def _linear(cfg: CfgNode, count: Callable[[RCNN, int], int]) -> Flops:
     return Flops(fixed=2 * one - two, each=two - one)
 
 
-def _meta_batch(cfg: CfgNode, size: tuple[int, int], objects: int = 8) -> tuple[ImageBatch, Targets]:
-    with torch.device("meta"):
+def _meta_batch(cfg: CfgNode, size: tuple[int, int]) -> tuple[ImageBatch, Targets]:
+    return empty_batch(cfg, torch.device("meta"), 1, size)
+
+
+def empty_batch(
+    cfg: CfgNode, device: torch.device, count: int, size: tuple[int, int], objects: int = 8
+) -> tuple[ImageBatch, Targets]:
+    """`count` images of `size` (height, width) in the loader's layout, each with `objects` of zeros: for shapes."""
+    with device:
         images = ImageBatch(
-            torch.zeros(1, 3, *size, dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.int64), [size], [0]
+            torch.zeros(count, *size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
+            torch.zeros(count, 2, dtype=torch.int64),
+            [size] * count,
+            list(range(count)),
         )
+        polygons = count * objects
         masks = PolygonBatch(
-            torch.zeros(4 * objects, 2),
-            torch.zeros(objects + 1, dtype=torch.int64),
-            torch.zeros(objects + 1, dtype=torch.int64),
+            torch.zeros(4 * polygons, 2),
+            torch.zeros(polygons + 1, dtype=torch.int64),
+            torch.zeros(polygons + 1, dtype=torch.int64),
         )
-        labels = torch.zeros(1, objects, dtype=torch.int64)
-        points = torch.zeros(1, objects, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES, 3)
-        return images, Targets(torch.zeros(1, objects, 4), labels, labels.bool(), masks, points)
+        labels = torch.zeros(count, objects, dtype=torch.int64)
+        points = torch.zeros(count, objects, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_CLASSES, 3)
+        return images, Targets(torch.zeros(count, objects, 4), labels, labels.bool(), masks, points)
 
 
 def measured_peak(device: Device, dtype: torch.dtype, repeats: int = 5) -> tuple[float, str]:

@@ -73,11 +73,15 @@ def judge(least: Least, milliseconds: float, dtype: torch.dtype, roof: Roof | No
     rate["gflop_per_second"] = None if least.flop is None else least.flop / milliseconds / 1e6
     if roof is None:
         return rate
-    moving = least.bytes / roof.gb_per_second / 1e6
-    computing = (least.flop or 0) / roof.gflop_per_second[_name(dtype)] / 1e6
-    floor = max(moving, computing)
-    bound = "memory" if moving >= computing else "arithmetic"
+    floor, bound = least_time(least, _name(dtype), roof)
     return rate | {"floor_ms": floor, "bound_by": bound, "share": floor / milliseconds}
+
+
+def least_time(least: Least, dtype: str, roof: Roof) -> tuple[float, str]:
+    """Milliseconds at the roof's rates, and what they are bound by: memory or arithmetic."""
+    moving = least.bytes / roof.gb_per_second / 1e6
+    computing = least.flop / roof.gflop_per_second[dtype] / 1e6 if least.flop else 0.0
+    return max(moving, computing), "memory" if moving >= computing else "arithmetic"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -57,15 +57,20 @@ def training_workload(
 
     first: number of the first image; images of different numbers differ.
     """
-    quota = int(cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE * cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION)
-    if not 1 <= positives <= quota:
-        raise UserError(f"{positives} positive RoIs an image: the configuration samples 1 to {quota}")
+    check_positives(cfg, positives)
     objects = min(OBJECTS, positives)
     classes = cfg.MODEL.ROI_BOX_HEAD.NUM_CLASSES - 1
     samples = [draw_sample(number, size, objects, classes) for number in range(first, first + batch)]
     others = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE - positives
     drawn = [propose(sample, positives - objects, others) for sample in samples]
     return _workload(cfg, device, samples, drawn)
+
+
+def check_positives(cfg: CfgNode, positives: int) -> None:
+    """Raises UserError: no image of the configuration has so many positive RoIs."""
+    quota = int(cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE * cfg.MODEL.ROI_HEADS.POSITIVE_FRACTION)
+    if not 1 <= positives <= quota:
+        raise UserError(f"{positives} positive RoIs an image: the configuration samples 1 to {quota}")
 
 
 def inference_workload(cfg: CfgNode, device: Device, batch: int, size: tuple[int, int], first: int = 0) -> Workload:

@@ -61,8 +61,13 @@ def create(index: int | None) -> Device:
         raise DeviceError(
             "device cuda: torch sees no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"
         )
+    return with_habits(torch.device("cuda", index or 0))
+
+
+def with_habits(torch_device: torch.device) -> CudaDevice:
+    """A GPU's habits; `torch_device` can be another where nothing runs (benchmark/traffic.py)."""
     return CudaDevice(
-        torch.device("cuda", index or 0),
+        torch_device,
         dist_backend="nccl",
         pinned_memory=True,
         channels_last=True,
