@@ -17,7 +17,7 @@ from maskrcnn_benchmark.errors import ConfigError
 from maskrcnn_benchmark.models.anchors import AnchorGenerator
 from maskrcnn_benchmark.models.box_head import BoxHead, BoxPredictor, ConvFCFeatureExtractor, MLPFeatureExtractor
 from maskrcnn_benchmark.models.build import build_model
-from maskrcnn_benchmark.models.fpn import FPN, HRFPN, LastLevelP6P7
+from maskrcnn_benchmark.models.fpn import FPN, HRFPN, LastLevelP6P7, add_enlarged
 from maskrcnn_benchmark.models.hrnet import HRModule, HRNet
 from maskrcnn_benchmark.models.layers import DeformConv2d, group_norm
 from maskrcnn_benchmark.models.rcnn import RCNN, Normalize
@@ -93,6 +93,21 @@ def test_vd_stem_and_names():
     assert stem == {"conv1.weight": (4, 3, 3, 3), "conv2.weight": (4, 4, 3, 3), "conv3.weight": (8, 4, 3, 3)}
     assert tuple(body(torch.zeros(1, 3, 64, 96))[0].shape[1:]) == (16, 16, 24)
     assert "layer2.0.downsample.0.weight" in body.state_dict()  # as without pooling: the same weights fit
+
+
+@pytest.mark.parametrize("sides", [(8, 12), (7, 12)], ids=["doubled", "odd"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_maps_are_added_as_torch_enlarges_them(sides, layout):
+    """Bit for bit, forward and backward, in x's layout."""
+    torch.manual_seed(0)
+    x, top = torch.randn(2, 3, *sides), torch.randn(2, 3, 4, 6)
+    x, top = (maps.to(memory_format=layout).requires_grad_() for maps in (x, top))
+    gradient = torch.randn(2, 3, *sides)
+    ours, theirs = add_enlarged(x, top), x + F.interpolate(top, size=sides, mode="nearest")
+    assert ours.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    for mine, expected in zip(*(torch.autograd.grad(out, (x, top), gradient) for out in (ours, theirs))):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=0)
 
 
 def test_p6_of_c5_or_p5_and_p7_of_p6():

@@ -159,7 +159,7 @@ class Count(TorchDispatchMode):
             return copies
         if largest in self.weights:
             return weights
-        return maps if len(largest) == 4 else rest
+        return maps if len(largest) >= 4 else rest
 
     def join_norms(self) -> None:
         """The norms of the gradients, an operator each on tensors without values, become the one that a device runs."""
@@ -420,7 +420,7 @@ def _cells(name: str, total: dict[str, Any], whole: dict[str, Any]) -> tuple[str
         f"{total['bytes'] / 1e6:,.1f}",
         f"{total['flop'] / 1e9:,.1f}",
         f"{total['floor_ms']:.3f}",
-        total["bound_by"],
+        "-" if total is whole else total["bound_by"],
         f"{total['floor_ms'] / whole['floor_ms']:.1%}",
     )
 
