@@ -3,6 +3,8 @@ the region proposals alone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +60,9 @@ class Detector(nn.Module):
 
     def features(self, images: ImageBatch) -> tuple[list[Tensor], torch.Size]:
         """The backbone's maps, and the padded (height, width) they were made of."""
-        x = self.normalize(images).contiguous(memory_format=self.memory_format)
+        # Bytes are laid out anew at a quarter of what the normalised values would move
+        pixels = images.pixels.contiguous(memory_format=self.memory_format)
+        x = self.normalize(replace(images, pixels=pixels)).contiguous(memory_format=self.memory_format)
         return self.backbone(x), x.shape[-2:]
 
 
