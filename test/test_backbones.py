@@ -110,6 +110,16 @@ def test_maps_are_added_as_torch_enlarges_them(sides, layout):
         torch.testing.assert_close(mine, expected, rtol=0, atol=0)
 
 
+def test_both_predictions_of_the_rpn_are_those_of_their_layers():
+    torch.manual_seed(0)
+    head, maps = RPNHead(8, 3), [torch.randn(2, 8, 6, 9), torch.randn(2, 8, 3, 5)]
+    logits, deltas = head(maps)
+    for x, logit, delta in zip(maps, logits, deltas):
+        hidden = head.conv(x).relu()
+        torch.testing.assert_close(logit, head.cls_logits(hidden))
+        torch.testing.assert_close(delta, head.bbox_pred(hidden))
+
+
 def test_p6_of_c5_or_p5_and_p7_of_p6():
     torch.manual_seed(0)
     maps = [torch.randn(1, 4 * 2**i, 16 // 2**i, 24 // 2**i) for i in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import boxes, matching, nms
@@ -34,7 +35,13 @@ class RPNHead(nn.Module):
         """Maps [B, C, H, W] -> objectness logits [B, A, H, W] and box deltas [B, 4 * A, H, W], a level each."""
         for layer in self.conv if isinstance(self.conv, nn.ModuleList) else [self.conv]:
             features = [with_relu(layer, feature) for feature in features]
-        return [self.cls_logits(x) for x in features], [self.bbox_pred(x) for x in features]
+        layers = (self.cls_logits, self.bbox_pred)
+        dtype = features[0].dtype  # autocast would cast what is joined once a level
+        weight, bias = (torch.cat(pair).to(dtype) for pair in zip(*((layer.weight, layer.bias) for layer in layers)))
+        # One convolution for both: a map is read once, and its gradient needs no sum of two
+        channels = [layer.out_channels for layer in layers]
+        logits, deltas = zip(*(F.conv2d(x, weight, bias).split(channels, dim=1) for x in features))
+        return list(logits), list(deltas)
 
 
 class RPN(nn.Module):
@@ -96,8 +103,9 @@ class RPN(nn.Module):
         features = features[: len(self.anchors.strides)]
         logits, deltas = self.head(features)
         anchors = self.anchors([f.shape[-2:] for f in features], image_shape, features[0].device)
-        logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits]
-        deltas = torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4) for x in deltas], 1).float()
+        logits = [x.float().permute(0, 2, 3, 1).flatten(1) for x in logits]
+        deltas = torch.cat([x.permute(0, 2, 3, 1).flatten(1, 2) for x in deltas], 1).float()
+        deltas = deltas.unflatten(2, (-1, 4)).flatten(1, 2)
         anchors = torch.cat(anchors)
         proposals = self.propose(logits, deltas, anchors, sizes)
         if targets is None:
