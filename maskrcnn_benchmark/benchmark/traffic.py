@@ -380,7 +380,8 @@ def reckon(counted: Counter[Kernel], step: Step, roof: Roof) -> dict[str, Any]:
         rows.append(about)
     rows.sort(key=lambda row: row["floor_ms"], reverse=True)
     groups = {name: _total(row for row in rows if row["group"] == name) for name in GROUPS}
-    operators = {name: _total(row for row in rows if row["operator"] == name) for name in {r["operator"] for r in rows}}
+    names = dict.fromkeys(row["operator"] for row in rows)
+    operators = {name: _total(row for row in rows if row["operator"] == name) for name in names}
     return {
         "step": asdict(step) | {"dtype": str(step.dtype).removeprefix("torch.")},
         "roof": asdict(roof),
