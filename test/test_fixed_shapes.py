@@ -251,6 +251,20 @@ def test_a_step_on_a_gpu_never_waits(tiny_config, tmp_path):
         torch.cuda.set_sync_debug_mode("default")
 
 
+FIXED = ("INPUT.FIXED_SHAPES", "((96, 96),)")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "timed"), [((), False), (FIXED, True), ((*FIXED, "DETERMINISTIC", "True"), False)]
+)
+def test_convolutions_are_timed_where_shapes_repeat(tiny_config, tmp_path, monkeypatch, overrides, timed):
+    told = []
+    monkeypatch.setattr(type(get_device("cpu")), "time_convolutions", lambda device, wanted: told.append(wanted))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda wanted: None)
+    make_run(tiny_config, tmp_path, *overrides)
+    assert told == [timed]
+
+
 def shapes_of(batch) -> list[tuple[int, ...]]:
     found = []
     for part in batch:
