@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #ifdef __linux__
@@ -31,6 +32,10 @@
 namespace maskrcnn_benchmark {
 
 using at::Tensor;
+
+// What values of type T are computed in: half precision in float32.
+template <typename T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // Asks for pages of 2 MB under a large new result that all threads fill from the start. A fresh 180 MB gradient costs
 // 45,000 faults of 4 kB pages, half of RoIAlign's backward (33 and 62 ms); where the kernel does not grant them nothing

@@ -17,7 +17,7 @@ OPS = torch.ops.maskrcnn_benchmark
 
 
 class Case(NamedTuple):
-    """An operator's call. arguments: as in its schema, tensors on the CPU."""
+    """An operator's call. arguments: as in its schema, tensors on the CPU. One that ends in _ overwrites the first."""
 
     operator: str
     arguments: tuple
@@ -31,10 +31,14 @@ class Case(NamedTuple):
 
     def run(self) -> list[Tensor]:
         torch.use_deterministic_algorithms(self.deterministic)
+        arguments = self.arguments
+        if self.operator.endswith("_"):
+            arguments = (arguments[0].clone(), *arguments[1:])
         try:
-            result = getattr(OPS, self.operator)(*self.arguments)
+            result = getattr(OPS, self.operator)(*arguments)
         finally:
             torch.use_deterministic_algorithms(False)
+        result = arguments[0] if result is None else result
         return [result] if isinstance(result, Tensor) else list(result)
 
 
@@ -151,6 +155,22 @@ def layer_cases() -> Iterator[Case]:
         yield Case("deform_conv2d", layer)
         grad = torch.randn(2, 6, side, side, generator=generator, dtype=dtype)
         yield Case("deform_conv2d_backward", (grad, *layer))
+    # Vectors of whole rows and not; one that begins where no vector does; more than the threads of a grid take at once
+    for dtype, shape, last in [
+        (torch.bfloat16, (2, 24, 5, 7), True),
+        (torch.float16, (2, 20, 5, 7), True),
+        (torch.float32, (1, 12, 60, 70), True),
+        (torch.float64, (2, 3, 4, 6), False),
+        (torch.bfloat16, (2, 3, 5, 7), False),
+        (torch.float32, (40, 9), False),
+        (torch.float32, (0, 9), False),
+    ]:
+        x, addend = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        bias = torch.randn(shape[1], generator=generator)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        yield Case("epilogue_", (x, bias, addend, True))
+        yield Case("epilogue_", (x, None, addend, False))
+        yield Case("epilogue_", (x, bias, None, True))
     for rows, classes in [(0, 3), (1, 1), (700, 80)]:
         logits, labels = 4 * torch.randn(rows, classes, generator=generator), torch.arange(rows) % (classes + 2) - 1
         yield Case("sigmoid_focal_loss", (logits, labels, 2.0, 0.25))

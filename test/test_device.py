@@ -214,6 +214,13 @@ def test_a_device_asks_its_module(hardware):
     ]
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_cudnn_times_its_algorithms_where_it_is_told_to(hardware, wanted):
+    hardware.setattr(torch.backends.cudnn, "benchmark", not wanted)
+    get_device("cuda").time_convolutions(wanted)
+    assert torch.backends.cudnn.benchmark == wanted
+
+
 def test_a_device_that_tells_no_memory_reports_none(hardware):
     device = get_device("mps")
     device.reset_peak_memory()

@@ -21,12 +21,13 @@ from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.data.loader import collate
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.engine.train import build_run, train_step
-from maskrcnn_benchmark.ops import box_coder, convolution, masks, matching, nms, proposals, roi_align
+from maskrcnn_benchmark.ops import box_coder, convolution, epilogue, masks, matching, nms, proposals, roi_align
 
 COMPOSITES = {
     "box_encode": box_coder.encode_composite,
     "box_decode": box_coder.decode_composite,
     "box_decode_backward": box_coder.decode_backward_composite,
+    "epilogue_": epilogue.epilogue_composite,
     "match": matching.match_composite,
     "nms": nms.nms_composite,
     "polygon_targets": masks.polygon_targets_composite,
@@ -211,6 +212,9 @@ def test_a_training_step_never_waits_for_the_device(tiny_config, tmp_path, overr
     for name, wanted in served.items():
         if not wanted or ops.kernel_in_use(name, "cpu") == "composite":  # torch's convolution serves
             unused |= {op for op in COMPOSITES if op.startswith(name)}
+    # The ReLU behind the mask head's 1x1 convolution is the only one that is not a norm's
+    if "pointwise" not in unused or ops.kernel_in_use("epilogue_", "cpu") == "composite":
+        unused.add("epilogue_")
     assert waits.served.keys() == COMPOSITES.keys() - unused
     assert run.scaler.is_enabled() == ("float16" in overrides)
 
@@ -245,6 +249,20 @@ def test_a_step_on_a_gpu_never_waits(tiny_config, tmp_path):
         train_step(run, batches[1])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+FIXED = ("INPUT.FIXED_SHAPES", "((96, 96),)")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "timed"), [((), False), (FIXED, True), ((*FIXED, "DETERMINISTIC", "True"), False)]
+)
+def test_convolutions_are_timed_where_shapes_repeat(tiny_config, tmp_path, monkeypatch, overrides, timed):
+    told = []
+    monkeypatch.setattr(type(get_device("cpu")), "time_convolutions", lambda device, wanted: told.append(wanted))
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda wanted: None)
+    make_run(tiny_config, tmp_path, *overrides)
+    assert told == [timed]
 
 
 def shapes_of(batch) -> list[tuple[int, ...]]:

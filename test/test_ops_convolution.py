@@ -363,7 +363,8 @@ def test_opcheck_of_pointwise(shape, dtype):
     weight, bias, relu = torch.randn(64, 32), torch.randn(64), dtype == torch.float32
     grad = pointwise(x, weight, bias).detach()
     near = {"rtol": 2e-2, "atol": 1e-1} if dtype == torch.bfloat16 else {}
-    opcheck(OPS.pointwise, (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), relu), **near)
+    addend = grad.clone().requires_grad_()
+    opcheck(OPS.pointwise, (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), addend, relu), **near)
     opcheck(OPS.pointwise_input_gradient, (grad, weight.detach()), **near)
     opcheck(OPS.pointwise_weight_gradient, (grad, x.detach()), **near)
 
@@ -374,6 +375,7 @@ def test_composites_of_pointwise(shape):
     by_torch = F.linear if len(shape) == 2 else lambda x, w, b: F.conv2d(x, w[..., None, None], b)
     grad = torch.randn_like(by_torch(x, weight, bias))
     result, for_x, for_weight, for_bias = gradients(by_torch, x, weight, bias, grad)
-    torch.testing.assert_close(pointwise_composite(x, weight, bias, False), result)
+    torch.testing.assert_close(pointwise_composite(x, weight, bias, None, False), result)
+    torch.testing.assert_close(pointwise_composite(x, weight, bias, grad, True), F.relu(result + grad))
     torch.testing.assert_close(pointwise_input_gradient_composite(grad, weight), for_x)
     torch.testing.assert_close(pointwise_weight_gradient_composite(grad, x), (for_weight, for_bias))

@@ -17,6 +17,7 @@ OPERATORS = [
     *("nms", "match", "box_encode", "box_decode", "box_decode_backward", "roi_align", "roi_align_backward"),
     *("polygon_targets", "paste_masks_rle", "soft_nms", "distance_nms", "deform_conv2d", "deform_conv2d_backward"),
     *("sigmoid_focal_loss", "sigmoid_focal_loss_backward", "proposals", "compress_rle", "rle_areas"),
+    "epilogue_",
 ]
 # With a kernel for CPUs that have AVX-512 with bfloat16
 AVX512 = ["conv3x3", "conv3x3_input_gradient", "conv3x3_weight_gradient"]

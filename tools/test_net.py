@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 from maskrcnn_benchmark import command
 from maskrcnn_benchmark.config import get_config
 from maskrcnn_benchmark.device import Device, get_device
-from maskrcnn_benchmark.engine import checkpoint, distributed
+from maskrcnn_benchmark.engine import checkpoint, determinism, distributed
 from maskrcnn_benchmark.engine.datasets import test_datasets
 from maskrcnn_benchmark.engine.inference import evaluate_model, tasks_of
 from maskrcnn_benchmark.engine.train import prepare_output, write_config, write_report, write_result
@@ -70,6 +70,7 @@ def score_model(cfg: CfgNode, device: Device, output: Path, ckpt: str | None) ->
     weights = ckpt or checkpoint.last(output) or cfg.MODEL.WEIGHT
     if not weights:
         raise ConfigError(f"nothing to evaluate: give --ckpt or MODEL.WEIGHT ({output} holds no {checkpoint.LAST})")
+    determinism.settle_convolutions(cfg, device)
     model = build_model(cfg, device)
     load_weights(model, str(weights), cfg.MODEL.ALLOW_PICKLE)
     return evaluate_model(cfg, device, model, datasets, output)

@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/relu.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -86,13 +85,24 @@ void multiply(const BFloat16* a, const BFloat16* panels, int64_t depth, int64_t 
   }
 }
 
-// least: 0 for a ReLU, or -infinity.
+// What becomes of the sums of a product: a bias for each column, or null; rows like the output's that are added, or
+// null; the least value: 0 for a ReLU, or -infinity.
+struct Finish {
+  const float* bias = nullptr;
+  const BFloat16* addend = nullptr;
+  float least = -INFINITY;
+};
+
+// finish: of these rows and columns.
 void write_rows(
-    const float* sums, int64_t rows, int64_t width, const float* bias, float least, BFloat16* to, int64_t columns) {
+    const float* sums, int64_t rows, int64_t width, const Finish& finish, BFloat16* to, int64_t columns) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t column = 0; column < width; column += kLanes) {
-      const Vector sum = load(sums + row * width + column);
-      store(to + row * columns + column, at_least(least, bias != nullptr ? sum + load(bias + column) : sum));
+      const int64_t place = row * columns + column;
+      Vector sum = load(sums + row * width + column);
+      sum = finish.bias != nullptr ? sum + load(finish.bias + column) : sum;
+      sum = finish.addend != nullptr ? sum + load(finish.addend + place) : sum;
+      store(to + place, at_least(finish.least, sum));
     }
   }
 }
@@ -116,9 +126,9 @@ void add_products(const BFloat16* left, int64_t count, const BFloat16* right, in
 
 AVX512_END
 
-// rows [count, 2 depth] times panels, plus the bias, into [count, columns].
+// rows [count, 2 depth] times panels, finished, into [count, columns].
 void multiply_rows(const BFloat16* rows, int64_t count, const BFloat16* panels, int64_t depth, int64_t columns,
-                   const float* bias, float least, BFloat16* output) {
+                   const Finish& finish, BFloat16* output) {
   const int64_t block = rows_at_a_time(count, kBlock);
   at::parallel_for(0, divide_up(count, block), 1, [&](int64_t begin, int64_t end) {
     const auto sums = scratch<float>(block * kWidth);
@@ -134,8 +144,10 @@ void multiply_rows(const BFloat16* rows, int64_t count, const BFloat16* panels, 
         if (whole < real) {
           multiply(last.get(), right, depth, kRows, width, sums.get() + whole * width);
         }
-        write_rows(
-            sums.get(), real, width, bias ? bias + column : nullptr, least, output + first * columns + column, columns);
+        const int64_t place = first * columns + column;
+        const Finish here{finish.bias ? finish.bias + column : nullptr,
+                          finish.addend ? finish.addend + place : nullptr, finish.least};
+        write_rows(sums.get(), real, width, here, output + place, columns);
       }
     }
   });
@@ -144,17 +156,19 @@ void multiply_rows(const BFloat16* rows, int64_t count, const BFloat16* panels, 
 // Tensors are rows [count, channels] from here on, contiguous.
 
 template <typename T>
-Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, bool relu) {
+Tensor forward(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& addend, bool relu) {
   const int64_t outputs = weight.size(0), depth = weight.size(1) / 2;
   const auto panels = scratch<BFloat16>(outputs * 2 * depth);
   at::parallel_for(0, outputs / kColumns, 1, [&](int64_t begin, int64_t end) {
     transpose_rows(weight.const_data_ptr<T>(), depth, begin, end, panels.get());
   });
   const Tensor output = at::empty({input.size(0), outputs}, input.options());
-  const Tensor added = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  multiply_rows(
-      input.const_data_ptr<BFloat16>(), input.size(0), panels.get(), depth, outputs,
-      bias ? added.const_data_ptr<float>() : nullptr, relu ? 0 : -INFINITY, output.mutable_data_ptr<BFloat16>());
+  const Tensor biases = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const Finish finish{bias ? biases.const_data_ptr<float>() : nullptr,
+                      addend.defined() ? addend.const_data_ptr<BFloat16>() : nullptr, relu ? 0 : -INFINITY};
+  multiply_rows(input.const_data_ptr<BFloat16>(), input.size(0), panels.get(), depth, outputs, finish,
+                output.mutable_data_ptr<BFloat16>());
   return output;
 }
 
@@ -166,9 +180,8 @@ Tensor input_gradient(const Tensor& grad, const Tensor& weight) {
     pair_rows(weight.const_data_ptr<T>(), outputs, inputs, depth, begin, end, panels.get());
   });
   const Tensor result = at::empty({grad.size(0), inputs}, grad.options());
-  multiply_rows(
-      grad.const_data_ptr<BFloat16>(), grad.size(0), panels.get(), depth, inputs, nullptr, -INFINITY,
-      result.mutable_data_ptr<BFloat16>());
+  multiply_rows(grad.const_data_ptr<BFloat16>(), grad.size(0), panels.get(), depth, inputs, Finish{},
+                result.mutable_data_ptr<BFloat16>());
   return result;
 }
 
@@ -228,17 +241,19 @@ Tensor matrix(const Tensor& weight) {
   return weight.flatten(1).contiguous();
 }
 
-Tensor pointwise(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, bool relu) {
+Tensor pointwise(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& addend, bool relu) {
   const Unwatched guard;
-  const Tensor rows = rows_of(input), w = matrix(weight);
+  const Tensor rows = rows_of(input), w = matrix(weight), added = addend ? rows_of(*addend) : Tensor();
   if (!serves(rows, w.size(0))) {
     const auto b = bias ? std::optional(bias->to(rows.scalar_type())) : std::nullopt;
-    const Tensor result = at::linear(rows, w.to(rows.scalar_type()), b);
-    return map_of(relu ? at::relu(result) : result, input);
+    Tensor result = at::linear(rows, w.to(rows.scalar_type()), b);
+    result = addend ? result.add_(added) : result;
+    return map_of(relu ? result.relu_() : result, input);
   }
-  const bool wide = w.scalar_type() != at::kBFloat16;
-  return map_of(
-      wide ? forward<float>(rows, w.to(at::kFloat), bias, relu) : forward<BFloat16>(rows, w, bias, relu), input);
+  return map_of(w.scalar_type() == at::kBFloat16 ? forward<BFloat16>(rows, w, bias, added, relu)
+                                                 : forward<float>(rows, w.to(at::kFloat), bias, added, relu),
+                input);
 }
 
 Tensor pointwise_input_gradient(const Tensor& grad, const Tensor& weight) {

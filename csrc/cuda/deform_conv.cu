@@ -15,10 +15,6 @@ namespace {
 // Scalars of the columns that are held at a time, more than that only for a single image: 256 MB of float32.
 constexpr int64_t kColumnScalars = int64_t(1) << 26;
 
-// What offsets, masks and interpolation are computed in.
-template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 struct Geometry {
   int64_t channels, height, width, out_height, out_width;
   int64_t kernel_height, kernel_width;

@@ -8,10 +8,6 @@
 namespace maskrcnn_benchmark {
 namespace {
 
-// What a focal loss of logits of type T is computed and returned in.
-template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // One class of one row. With y the logit of being wrong, sigmoid(y) is 1 - p and softplus(y) is -log p; neither
 // overflows, as exp sees no positive number.
 template <typename T>

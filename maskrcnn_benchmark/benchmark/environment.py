@@ -17,6 +17,7 @@ from ..device import Device
 KERNELS = (
     *("roi_align", "nms", "match", "box_encode", "box_decode", "polygon_targets", "paste_masks_rle"),
     *("soft_nms", "distance_nms", "deform_conv2d", "sigmoid_focal_loss", "proposals", "conv3x3", "pointwise"),
+    "epilogue_",
 )
 PACKAGES = ("numpy", "opencv-python-headless", "opencv-python", "pycocotools", "hotcoco")
 

@@ -25,7 +25,7 @@ from ..models.rcnn import Normalize
 from ..models.resnet import BasicBlock, Bottleneck, Stem
 from ..models.roi_pool import RoIPool
 from ..models.rpn import RPN, RPNHead
-from ..ops import box_coder, masks, matching, nms, proposals, roi_align
+from ..ops import box_coder, epilogue, masks, matching, nms, proposals, roi_align
 from ..structures import ImageBatch, PolygonBatch, Proposals, Targets
 
 SCALES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
@@ -379,8 +379,17 @@ def pointwise_cases(op: Callable) -> Iterator[Case]:
         x = torch.randn(shape, generator=generator)
         x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
         weight, bias = torch.randn(96, 64, generator=generator) / 8, torch.randn(96, generator=generator)
-        convolve = lambda *x: op(*x, True)  # noqa: E731
+        convolve = lambda *x: op(*x, None, True)  # noqa: E731
         yield Case("ops", f"pointwise, {name}", convolve, floats=(x, weight, bias), condition=math.sqrt(64), gates=1)
+
+
+def epilogue_cases(op: Callable) -> Iterator[Case]:
+    generator = random(11)
+    finish = lambda x, *rest: epilogue.epilogue_(x.clone(), *rest, True)  # noqa: E731
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x, addend = (torch.randn(2, 24, 9, 7, generator=generator).contiguous(memory_format=layout) for _ in range(2))
+        floats = (x, torch.randn(24, generator=generator), addend)
+        yield Case("ops", f"epilogue_, {str(layout).removeprefix('torch.')}", finish, floats=floats, gates=1)
 
 
 OPTIONAL: dict[str, Callable[[Callable], Iterator[Case]]] = {
@@ -390,6 +399,7 @@ OPTIONAL: dict[str, Callable[[Callable], Iterator[Case]]] = {
     "sigmoid_focal_loss": sigmoid_focal_loss_cases,
     "conv3x3": conv3x3_cases,
     "pointwise": pointwise_cases,
+    "epilogue_": epilogue_cases,
 }
 
 # --------------------------------------------------------------------------------------------------- layers

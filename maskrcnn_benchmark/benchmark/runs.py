@@ -69,6 +69,11 @@ class Request:
         return self.kind == "train"
 
     @property
+    def repeats(self) -> bool:
+        """Whether images have few shapes."""
+        return self.data == "synthetic" or bool(self.cfg.INPUT.FIXED_SHAPES)
+
+    @property
     def batch(self) -> int:
         """Images a step over all ranks."""
         return (self.cfg.SOLVER if self.training else self.cfg.TEST).IMS_PER_BATCH
@@ -96,6 +101,7 @@ def run(request: Request, device: Device) -> dict[str, Any] | None:
     """The case of each side, how the peer's results agree with ours, and ratios; on the main rank, None on the others.
     Without agreement nothing is timed: there are no cases."""
     check(request)
+    device.time_convolutions(request.repeats)
     peaks = {dtype: peak(request, device, dtype) for dtype in request.dtypes}
     workload = make_workload(request, device)
     names = side_names(request)
@@ -227,6 +233,7 @@ def _peak_memory(request: Request, name: SideName, threads: int) -> float:
     torch.set_num_threads(threads)
     device = get_device(request.device)
     device.activate()
+    device.time_convolutions(request.repeats)
     side = make_side(request, name, device, make_workload(request, device))
     gc.collect()
     device.reset_peak_memory()

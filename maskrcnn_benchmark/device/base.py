@@ -79,6 +79,10 @@ class Device:
         if self.torch_device.index is not None:
             torch.accelerator.set_device_index(self.torch_device.index)
 
+    def time_convolutions(self, wanted: bool) -> None:
+        """Whether the library of convolutions times its algorithms for every new shape and keeps the fastest: a gain
+        where shapes repeat, a stall at each batch where they do not. Nothing where it has no such choice."""
+
     def synchronize(self) -> None:
         """Wait until all work queued on the device is done."""
         self.module.synchronize()

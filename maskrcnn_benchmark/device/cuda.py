@@ -21,6 +21,9 @@ THROTTLING = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
 
 @dataclass(frozen=True)
 class CudaDevice(Device):
+    def time_convolutions(self, wanted: bool) -> None:
+        torch.backends.cudnn.benchmark = wanted
+
     def pin(self, memory: torch.Tensor) -> bool:
         """False, with a warning, where the driver refuses (a limit on locked memory)."""
         status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)

@@ -33,6 +33,12 @@ def require() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def settle_convolutions(cfg: CfgNode, device: Device) -> None:
+    """Their algorithms are chosen by time where INPUT.FIXED_SHAPES make shapes repeat. Not with DETERMINISTIC: what is
+    chosen may differ from run to run, and with it the last digits."""
+    device.time_convolutions(bool(cfg.INPUT.FIXED_SHAPES) and not cfg.DETERMINISTIC)
+
+
 @contextmanager
 def all_at_once(active: bool, device: Device) -> Iterator[None]:
     """Around a run's first step: torch would stop at the first operator that has no deterministic algorithm.

@@ -25,7 +25,7 @@ from ..device import Device
 from ..errors import CheckpointError, DataError
 from ..evaluation.results import detections_to_results
 from ..models.build import build_model
-from . import checkpoint
+from . import checkpoint, determinism
 from .views import detect, results_options, view_configs
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ def load_predictor(weights: Path, device: Device) -> Predictor:
         cfg.defrost()
         cfg.DTYPE = "float32"
         cfg.freeze()
+    determinism.settle_convolutions(cfg, device)
     model = build_model(cfg, device)
     checkpoint.load_model(model, content, weights)
     ids, names = _categories(cfg, content, weights)

@@ -411,6 +411,7 @@ def build_run(cfg: CfgNode, device: Device, output: Path, resume: bool | Path) -
         raise ConfigError("DATASETS.TRAIN is empty: name a data set of data/catalog.py, such as coco_2017_train")
     if cfg.DETERMINISTIC:
         determinism.require()
+    determinism.settle_convolutions(cfg, device)
     torch.manual_seed(cfg.SEED)
     dataset = open_dataset(cfg.DATASETS.TRAIN, cfg, training=True)
     test = test_datasets(cfg)

@@ -98,15 +98,16 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
-def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, relu: bool = False) -> Tensor:
-    """`norm(conv(x))`, and a ReLU if wanted. A frozen norm is folded into the convolution's weights: one pass over the
-    output less, and one activation less to keep for the backward pass, which reaches the weights through the
-    product."""
+def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module, relu: bool = False, addend: Tensor | None = None) -> Tensor:
+    """`norm(conv(x))`, then `+ addend` and a ReLU if wanted. A frozen norm is folded into the convolution's weights:
+    one pass over the output less, and one activation less to keep for the backward pass, which reaches the weights
+    through the product."""
     if not isinstance(norm, FrozenBatchNorm2d) or isinstance(conv, DeformConv2d):
-        return F.relu_(norm(conv(x))) if relu else norm(conv(x))
+        result = norm(conv(x)) if addend is None else norm(conv(x)) + addend
+        return F.relu_(result) if relu else result
     scale, shift = norm.scale_and_shift()
     weight = conv.weight * scale[:, None, None, None]
-    return conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups, relu)
+    return conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups, relu, addend)
 
 
 class Conv2d(nn.Conv2d):

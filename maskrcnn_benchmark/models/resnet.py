@@ -98,7 +98,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = conv_norm(x, self.conv1, self.bn1, relu=True)
-        return F.relu_(conv_norm(out, self.conv2, self.bn2) + identity)
+        return conv_norm(out, self.conv2, self.bn2, relu=True, addend=identity)
 
 
 class Bottleneck(nn.Module):
@@ -136,7 +136,7 @@ class Bottleneck(nn.Module):
         identity = x if self.downsample is None else self.downsample(x)
         out = conv_norm(x, self.conv1, self.bn1, relu=True)
         out = conv_norm(out, self.conv2, self.bn2, relu=True)
-        return F.relu_(conv_norm(out, self.conv3, self.bn3) + identity)
+        return conv_norm(out, self.conv3, self.bn3, relu=True, addend=identity)
 
 
 def make_stage(

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .epilogue import epilogue_
 from .library import LIBRARY, kernel_in_use, register_composite
 
 LIBRARY.define("conv3x3(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor")
 LIBRARY.define("conv3x3_input_gradient(Tensor grad, Tensor weight) -> Tensor")
 LIBRARY.define("conv3x3_weight_gradient(Tensor grad, Tensor input) -> (Tensor, Tensor)")
-LIBRARY.define("pointwise(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor")
+LIBRARY.define("pointwise(Tensor input, Tensor weight, Tensor? bias, Tensor? addend, bool relu) -> Tensor")
 LIBRARY.define("pointwise_input_gradient(Tensor grad, Tensor weight) -> Tensor")
 LIBRARY.define("pointwise_weight_gradient(Tensor grad, Tensor input) -> (Tensor, Tensor)")
 
@@ -25,24 +26,46 @@ def conv2d(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
     relu: bool = False,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """torch.nn.functional.conv2d, autocast included, and a ReLU if wanted; where the input's device has kernels of
-    ours, conv3x3 for 3x3 kernels of stride 1 and padding 1, and pointwise for 1x1 kernels in bfloat16."""
+    """torch.nn.functional.conv2d, autocast included; then `+ addend`, a map like the output, and a ReLU if wanted. The
+    result has the convolution's dtype.
+
+    Where the input's device has kernels of ours: conv3x3 for 3x3 kernels of stride 1 and padding 1, pointwise for 1x1
+    kernels in bfloat16, and epilogue_ for what follows other convolutions.
+    """
     kernel = tuple(weight.shape[2:])
     if (kernel, stride, padding, dilation, groups) == ((3, 3), (1, 1), (1, 1), (1, 1), 1):
         if _has_kernel("conv3x3", input.device.type):
-            return conv3x3(_autocast(input), weight, bias, relu)
+            result = conv3x3(_autocast(input), weight, bias, relu and addend is None)
+            return result if addend is None else _finish(result, None, addend, relu)
     elif (kernel, padding, groups) == ((1, 1), (0, 0), 1) and _takes_pointwise(input):
-        return pointwise(_autocast(input)[:, :, :: stride[0], :: stride[1]], weight, bias, relu)
-    result = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        pixels = _autocast(input)[:, :, :: stride[0], :: stride[1]]
+        return pointwise(pixels, weight, bias, None if addend is None else addend.to(pixels.dtype), relu)
+    # CUDA's convolutions add a bias in a pass of its own, which a sum or ReLU takes along
+    later = (relu or addend is not None) and _takes_epilogue(input)
+    result = F.conv2d(input, weight, None if later else bias, stride, padding, dilation, groups)
+    return _finish(result, bias if later else None, addend, relu)
+
+
+def _finish(result: Tensor, bias: Tensor | None, addend: Tensor | None, relu: bool) -> Tensor:
+    addend = None if addend is None else addend.to(result.dtype)
+    if (relu or addend is not None) and _takes_epilogue(result):
+        return epilogue_(result, bias, addend, relu)
+    result = result if addend is None else result + addend
     return F.relu_(result) if relu else result
+
+
+def _takes_epilogue(map: Tensor) -> bool:
+    """Not while compiling or exporting: a compiler makes one pass of the parts."""
+    return _has_kernel("epilogue_", map.device.type) and not torch.compiler.is_compiling()
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """torch.nn.functional.linear of [R, C], autocast included, and a ReLU if wanted; pointwise where that serves the
     device's bfloat16."""
     if _takes_pointwise(input):
-        return pointwise(_autocast(input), weight, bias, relu)
+        return pointwise(_autocast(input), weight, bias, None, relu)
     result = F.linear(input, weight, bias)
     return F.relu_(result) if relu else result
 
@@ -92,17 +115,20 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: boo
     return torch.ops.maskrcnn_benchmark.conv3x3(input, weight, bias, relu)
 
 
-def pointwise(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
-    """A linear map of the second dimension, and a ReLU if wanted: a fully connected layer of [R, C], a 1x1 convolution
-    of [B, C, H, W].
+def pointwise(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, addend: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """A linear map of the second dimension, then `+ addend` and a ReLU if wanted: a fully connected layer of [R, C], a
+    1x1 convolution of [B, C, H, W].
 
     input: [R, C] or [B, C, H, W], floating point. weight: [K, C] or [K, C, 1, 1] and bias: [K], of any precision, as
-    for conv3x3: a float32 weight is rounded on its way into the product, and its gradient is float32.
+    for conv3x3: a float32 weight is rounded on its way into the product, and its gradient is float32. addend: as the
+    result.
 
     The kernel for CPUs with AVX-512 and its bfloat16 instructions, without AMX, serves bfloat16 and channels in
     multiples of 32; other problems are torch's.
 
-    Returns [R, K] or [B, K, H, W], channels-last, of the input's dtype. Differentiable in all three, once.
+    Returns [R, K] or [B, K, H, W], channels-last, of the input's dtype. Differentiable in all four, once.
     """
     if input.dim() not in (2, 4) or tuple(weight.shape[1:]) not in ((input.shape[1],), (input.shape[1], 1, 1)):
         raise ValueError(
@@ -111,12 +137,18 @@ def pointwise(input: Tensor, weight: Tensor, bias: Tensor | None = None, relu: b
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"pointwise: bias must be [K] = [{len(weight)}], got {list(bias.shape)}")
-    return torch.ops.maskrcnn_benchmark.pointwise(input, weight, bias, relu)
+    like = (input.shape[0], len(weight), *input.shape[2:])
+    if addend is not None and (addend.shape, addend.dtype) != (like, input.dtype):
+        raise ValueError(
+            f"pointwise: addend must be {list(like)} {input.dtype}, got {list(addend.shape)} {addend.dtype}"
+        )
+    return torch.ops.maskrcnn_benchmark.pointwise(input, weight, bias, addend, relu)
 
 
 def conv3x3_composite(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     bias = None if bias is None else bias.to(input.dtype)
-    return _finish(F.conv2d(input, weight.to(input.dtype), bias, padding=1), relu)
+    result = F.conv2d(input, weight.to(input.dtype), bias, padding=1)
+    return _channels_last(F.relu(result) if relu else result)
 
 
 def conv3x3_input_gradient_composite(grad: Tensor, weight: Tensor) -> Tensor:
@@ -129,11 +161,17 @@ def conv3x3_weight_gradient_composite(grad: Tensor, input: Tensor) -> tuple[Tens
     return _channels_last(gradient.to(_gradient_dtype(input))), _bias_gradient(grad)
 
 
-def pointwise_composite(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+def pointwise_composite(
+    input: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None, relu: bool
+) -> Tensor:
     bias, weight = None if bias is None else bias.to(input.dtype), weight.to(input.dtype)
     if input.dim() == 2:
-        return _finish(F.linear(input, weight.flatten(1), bias), relu)
-    return _finish(F.conv2d(input, weight.reshape(*weight.shape[:2], 1, 1), bias), relu)
+        result = F.linear(input, weight.flatten(1), bias)
+    else:
+        result = F.conv2d(input, weight.reshape(*weight.shape[:2], 1, 1), bias)
+    result = result if addend is None else result + addend
+    result = F.relu(result) if relu else result
+    return result if input.dim() == 2 else _channels_last(result)
 
 
 def pointwise_input_gradient_composite(grad: Tensor, weight: Tensor) -> Tensor:
@@ -153,11 +191,6 @@ register_composite("conv3x3_weight_gradient", conv3x3_weight_gradient_composite)
 register_composite("pointwise", pointwise_composite)
 register_composite("pointwise_input_gradient", pointwise_input_gradient_composite)
 register_composite("pointwise_weight_gradient", pointwise_weight_gradient_composite)
-
-
-def _finish(result: Tensor, relu: bool) -> Tensor:
-    result = F.relu(result) if relu else result
-    return _channels_last(result) if result.dim() == 4 else result
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -182,7 +215,7 @@ def _like(tensor: Tensor, channels: int) -> Tensor:
 
 @torch.library.register_fake("maskrcnn_benchmark::conv3x3", lib=LIBRARY)
 @torch.library.register_fake("maskrcnn_benchmark::pointwise", lib=LIBRARY)
-def _(input, weight, bias, relu):
+def _(input, weight, *finish):
     return _like(input, weight.shape[0])
 
 
@@ -210,7 +243,7 @@ def _(grad, input):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    input, weight, bias, relu = inputs
+    input, weight, bias, *_, relu = inputs
     ctx.save_for_backward(input, weight, *([output] if relu else []))
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -221,7 +254,7 @@ def _gradients(name: str):
         input, weight, *positive = ctx.saved_tensors
         for output in positive:
             grad = torch.ops.aten.threshold_backward(grad, output, 0)
-        wants_input, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        wants_input, wants_weight, wants_bias, *wants_addend, _ = ctx.needs_input_grad
         for_input = for_weight = for_bias = None
         if wants_input:
             for_input = getattr(ops, f"{name}_input_gradient")(grad, weight)
@@ -230,7 +263,8 @@ def _gradients(name: str):
             for_weight = for_weight.to(weight.dtype).view_as(weight)
         if wants_bias:
             for_bias = (for_bias if wants_weight else _bias_gradient(grad)).to(ctx.bias_dtype)
-        return for_input, for_weight, for_bias if wants_bias else None, None
+        for_addend = [grad if wanted else None for wanted in wants_addend]  # conv3x3 has none
+        return for_input, for_weight, for_bias if wants_bias else None, *for_addend, None
 
     return backward
 
