@@ -63,6 +63,7 @@ KERNELS = {
             "deform_conv2d",
             "deform_conv2d_backward",
             "distance_nms",
+            "epilogue_",
             "match",
             "nms",
             "paste_masks_rle",
@@ -410,7 +411,7 @@ def tables(about: dict[str, Any]) -> list[list[tuple[str, ...]]]:
     named = large | ({f"{len(small)} others": _total(small)} if small else {})
     return [
         [(first, *HEADS[1:]), *(_cells(name, total, whole) for name, total in totals.items() if total["calls"])]
-        for first, totals in (("operator", named | {"sum": whole}), ("group", about["groups"] | {"sum": whole}))
+        for first, totals in (("operator", named | {"in all": whole}), ("group", about["groups"] | {"in all": whole}))
     ]
 
 
