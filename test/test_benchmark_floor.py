@@ -148,7 +148,7 @@ def test_our_kernels_count_as_direct_convolutions():
         assert counted(call)[0][2] == flop
     thin = weight[:, :, 0, 0].contiguous()
     for call in (
-        lambda: kernels.pointwise(x, thin, None, False),
+        lambda: kernels.pointwise(x, thin, None, None, False),
         lambda: kernels.pointwise_input_gradient(grad, thin),
         lambda: kernels.pointwise_weight_gradient(grad, x),
     ):
