@@ -261,6 +261,9 @@ def test_what_a_convolution_must_do_by_hand():
     assert forward == roofline.Least(2 * 2 * values + 4 * (weights + 256), 2 * values * 256 * 9)
     _, backward = of_case("3x3 convolution backward, P3, 256 channels", torch.bfloat16)
     assert backward == roofline.Least(3 * 2 * values + 4 * (2 * weights + 256), 4 * values * 256 * 9)
+    problem, end = of_case("1x1 convolution, shortcut and ReLU, C2, 64 to 256 channels", torch.bfloat16)
+    values = problem.addend.numel()
+    assert end == roofline.Least(2 * (values // 4 + 256 * 64 + 2 * values) + 4 * 256, 2 * values * 64)
 
 
 def test_what_matching_and_coding_must_do_by_hand():

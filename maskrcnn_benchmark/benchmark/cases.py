@@ -920,6 +920,50 @@ def convolution_case(backward: bool, dtype: torch.dtype) -> Case:
     )
 
 
+@dataclass(frozen=True)
+class BlockEnd(Convolving):
+    addend: Tensor
+
+
+def block_end(setup: Setup) -> BlockEnd:
+    """What ends a block of res2: C2 of an 800 x 1344 pair, 64 channels to 256, channels-last."""
+    random = setup.generator()
+    height, width = (max(8, round(side * math.sqrt(setup.scale))) for side in (200, 336))
+
+    def draw(*shape: int) -> Tensor:
+        values = torch.from_numpy(random.standard_normal(shape, dtype=np.float32)).to(setup.device)
+        return values.to(setup.dtype).contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+    shapes = ((2, 64, height, width), (256, 64, 1, 1), (256,), (2, 256, height, width))
+    return BlockEnd(*(draw(*shape) for shape in shapes))
+
+
+def end_block(p: BlockEnd) -> Tensor:
+    return ops.convolution.conv2d(p.input, p.weight, p.bias, relu=True, addend=p.addend)
+
+
+def end_block_by_torch(p: BlockEnd) -> Tensor:
+    convolved = torch.nn.functional.conv2d(p.input, p.weight, p.bias.to(p.input.dtype))
+    return torch.relu_(convolved + p.addend)
+
+
+def block_end_case(dtype: torch.dtype) -> Case:
+    return Case(
+        name="1x1 convolution, shortcut and ReLU, C2, 64 to 256 channels",
+        op="epilogue_",
+        inputs=block_end,
+        ours=lambda p: partial(end_block, p),
+        torchvision=lambda p: partial(end_block_by_torch, p),
+        composite=lambda p: partial(end_block_by_torch, p),
+        least=lambda p, output: Least(
+            size_of(p.input, p.weight, p.bias, p.addend, output), convolution_flop(output, p.weight)
+        ),
+        agreement=near(1e-5 if dtype == torch.float32 else 2e-2),
+        way="torch",
+        dtype=dtype,
+    )
+
+
 # ---- all
 
 
@@ -937,7 +981,7 @@ def ops_cases(images: int = 2) -> list[Case]:
     convolved = [
         convolution_case(backward, dtype) for dtype in (torch.float32, torch.bfloat16) for backward in (False, True)
     ]
-    return [*cases, *convolved]
+    return [*cases, *convolved, *(block_end_case(dtype) for dtype in (torch.float32, torch.bfloat16))]
 
 
 def suppression_cases(images: int) -> list[Case]:
