@@ -10,16 +10,29 @@ fail() {
     exit 2
 }
 
-has_dependencies() {
-    "$1" -c 'import torch, numpy, yacs, yaml, cv2, PIL, pycocotools, tensorboard, tqdm' 2>/dev/null
+# What interpreter $1 cannot import of the project's dependencies and the further modules named.
+lacks() {
+    "$1" - torch numpy yacs yaml cv2 PIL pycocotools orjson tensorboard tqdm "${@:2}" <<'CODE'
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(name if isinstance(error, ModuleNotFoundError) else f"{name} ({error})", end=" ")
+CODE
 }
 
+# find_python [MODULE ...]: an interpreter that has these too; else LACKING says what each one lacks.
 find_python() {
-    local candidate
+    local candidate missing
+    LACKING=""
     for candidate in "${PYTHON:-}" python python3 "$VENV/bin/python"; do
-        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null && has_dependencies "$candidate"; then
-            PYTHON="$(command -v "$candidate")"
-            return 0
+        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null; then
+            if missing="$(lacks "$candidate" "$@" 2>&1)" && [ -z "$missing" ]; then
+                PYTHON="$(command -v "$candidate")"
+                return 0
+            fi
+            LACKING+="${LACKING:+; }$candidate lacks ${missing% }"
         fi
     done
     return 1
@@ -27,7 +40,7 @@ find_python() {
 
 # For the scripts that may install: an environment of the checkout's own, and the kernels built in place.
 prepare_environment() {
-    if ! find_python || { [ -n "${1:-}" ] && ! "$PYTHON" -c "import $1" 2>/dev/null; }; then
+    if ! find_python "$@"; then
         local base
         base="$(command -v python3 || command -v python)" || fail "no python3 found; install Python 3.10 or later"
         "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$base is older than Python 3.10"

@@ -1,15 +1,15 @@
 """The stages of gpu_check.sh, one after the other in processes of their own, and the JSON that they make together.
 
-{"format": 1, "started": ISO time, "environment": {what environment.describe says of the device, or null},
- "stages": [stage], "targets": [target]}
-stage: {"name", "command", "status": exit status or null where it ran past its time, "seconds", "tail", "results"}
+{"format": 1, "device": its name, "commit": the checkout's or null, "environment": {what environment.describe says, or
+ null}, "stages": [stage], "targets": [target]}
+stage: {"name", "started": ISO time, "command", "status": exit status or null where it ran past its time, "seconds",
+ "tail", "results"}
     tail: the last lines of a stage that failed. results: by name what it wrote, raw samples included
 target: {"name", "wanted", "measured": number or null, "met": bool or null where it was not measured}
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -24,8 +24,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
+from maskrcnn_benchmark import command
+from maskrcnn_benchmark.benchmark import environment
 from maskrcnn_benchmark.device import get_device
 from maskrcnn_benchmark.engine.checkpoint import write_atomically
+from maskrcnn_benchmark.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ("INPUT.FIXED_SHAPES", "((800, 1344), (1344, 800))")
@@ -58,12 +61,13 @@ ALL_SAMPLED = (
 @dataclass(frozen=True)
 class Stage:
     """A command and the seconds it may take. results: files it writes in the scratch directory, by name; JSON, or JSON
-    lines where they end in .jsonl."""
+    lines where they end in .jsonl. needs: the stage that draws its images there."""
 
     name: str
     command: Sequence[str | Path]
     limit: int
     results: tuple[str, ...] = ()
+    needs: str | None = None
 
 
 def stages(scratch: Path) -> list[Stage]:
@@ -77,21 +81,24 @@ def stages(scratch: Path) -> list[Stage]:
     shapes += ("MODEL.ROI_BOX_HEAD.NUM_CLASSES", 6, "DATALOADER.NUM_WORKERS", workers)
     infer = (*bf16, "--size", "800x1333", "--batch", 1, "--batch", 8, *peer)
 
-    def measured(name: str, limit: int, kind: str, options: tuple, overrides: tuple = ()) -> Stage:
-        file = f"{name.replace(' ', '_')}.json"
-        return Stage(name, (*benchmark, kind, *options, "--out", scratch / file, *overrides), limit, (file,))
+    def measured(name: str, limit: int, options: tuple, overrides: tuple = (), needs: str | None = None) -> Stage:
+        kind, file = name.split()[0], f"{name.replace(' ', '_')}.json"
+        return Stage(name, (*benchmark, kind, *options, "--out", scratch / file, *overrides), limit, (file,), needs)
+
+    # Without CUDA kernels composites would be measured in their place
+    build = ("env", "FORCE_CUDA=1", "MASKRCNN_REQUIRE_EXT=1", sys.executable, "setup.py", "--quiet", "build_ext")
 
     return [
-        Stage("build", (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"), 240),
+        Stage("build", (*build, "--inplace"), 240),
         Stage("environment", (sys.executable, "-c", ENVIRONMENT, scratch / "environment.json"), 30, (FACTS,)),
         Stage("tests", (sys.executable, "-m", "pytest", "-q", "-rs", *GPU_TESTS), 120),
         Stage("parity", (sys.executable, *PARITY, scratch / "parity.json"), 90, ("parity.json",)),
-        measured("ops", 150, "ops", ("--device", "cuda", *peer, "--budget", 1)),
-        measured("train", 150, "train", step),
-        measured("train graph", 150, "train", step, (*CAPTURE, *SHAPES)),
+        measured("ops", 150, ("--device", "cuda", *peer, "--budget", 1)),
+        measured("train", 150, step),
+        measured("train graph", 150, step, (*CAPTURE, *SHAPES)),
         generated(scratch / "shapes", 1200, (480, 640)),
-        measured("train real", 90, "train", real, (*shapes, *CAPTURE, *SHAPES)),
-        measured("infer", 120, "infer", infer),
+        measured("train real", 90, real, (*shapes, *CAPTURE, *SHAPES), needs="shapes drawn"),
+        measured("infer", 120, infer),
         generated(scratch / "small", 64, (128, 128)),
         curve(scratch, "eager", "cuda"),
         curve(scratch, "graph", "cuda", *CAPTURE),
@@ -111,15 +118,26 @@ def curve(scratch: Path, name: str, device: str, *overrides: str) -> Stage:
     options += ("DTYPE", "bfloat16", "SAVE_CHECKPOINTS", "False", "LOGGING.TENSORBOARD", "False")
     size = ("INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MAX_SIZE_TRAIN", "128")
     train = (sys.executable, "tools/train_net.py", "--config-file", "configs/quickstart.yaml", "--device", device)
-    command = (*train, "--skip-test", *options, *size, *ALL_SAMPLED, *overrides)
-    return Stage(f"curve {name}", command, 120 if device == "cpu" else 60, (f"curve_{name}/metrics.jsonl",))
+    train += ("--skip-test", *options, *size, *ALL_SAMPLED, *overrides)
+    limit = 120 if device == "cpu" else 60
+    return Stage(f"curve {name}", train, limit, (f"curve_{name}/metrics.jsonl",), needs="small drawn")
+
+
+def chosen(among: Sequence[Stage], names: Sequence[str]) -> list[Stage]:
+    """Those of the names, and the ones that they need, in their order."""
+    if unknown := set(names) - {stage.name for stage in among}:
+        known = ", ".join(stage.name for stage in among)
+        raise UserError(f"--stages: there is no {', '.join(sorted(unknown))}; there are {known}")
+    wanted = {*names, *(stage.needs for stage in among if stage.name in names)}
+    return [stage for stage in among if stage.name in wanted]
 
 
 def run_stage(stage: Stage, scratch: Path) -> dict[str, Any]:
     """What the JSON says of it. It never raises for what the stage does."""
-    started, command = time.perf_counter(), [str(part) for part in stage.command]
+    started, begun = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
+    parts = [str(part) for part in stage.command]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        status = execute(command, stage.limit, output)
+        status = execute(parts, stage.limit, output)
         output.seek(0)
         lines = output.read().splitlines()
     results, missing = {}, []
@@ -132,18 +150,19 @@ def run_stage(stage: Stage, scratch: Path) -> dict[str, Any]:
         status = 1
     return {
         "name": stage.name,
-        "command": command,
+        "started": started,
+        "command": parts,
         "status": status,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(time.perf_counter() - begun, 1),
         "tail": [] if status == 0 else [*lines[-TAIL:], *missing],
         "results": results,
     }
 
 
-def execute(command: list[str], limit: int, output: TextIO) -> int | None:
+def execute(parts: list[str], limit: int, output: TextIO) -> int | None:
     """The exit status, as a shell's 127 where there is no such program; None where it was stopped at the limit."""
     try:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(parts, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
     except OSError as error:
         output.write(f"{error}\n")
         return 127
@@ -226,38 +245,62 @@ def apart(one: list[dict[str, Any]] | None, other: list[dict[str, Any]] | None) 
 # ---- all together
 
 
-def check(todo: Sequence[Stage], scratch: Path, out: Path) -> int:
-    """Runs the stages, whatever becomes of those before, and writes `out` after each. Returns the exit status."""
-    started, done = datetime.now(timezone.utc).isoformat(timespec="seconds"), []
+def check(todo: Sequence[Stage], scratch: Path, out: Path, identity: dict[str, Any]) -> int:
+    """Runs the stages, whatever becomes of those before, and writes `out` after each, beside what it holds of others.
+    Returns the exit status."""
+    done = kept(out, {stage.name for stage in todo}, identity)
+    before = len(done)
     for stage in todo:
         print(f"== {stage.name}", flush=True)
         done.append(run_stage(stage, scratch))
         outcome = {0: "ok", None: f"stopped after {stage.limit} s"}.get(done[-1]["status"], "failed")
         print("\n".join([*done[-1]["tail"], f"   {outcome}, {done[-1]['seconds']} s"]), flush=True)
-        write(out, started, done)
+        write(out, identity, done)
     for row in targets(done):
         verdict = {True: "met", False: "missed", None: "not measured"}[row["met"]]
         print(f"{row['name']}: {row['measured']} (wanted {row['wanted']}): {verdict}")
     print(f"wrote {out}")
-    return int(any(stage["status"] != 0 for stage in done))
+    return int(any(stage["status"] != 0 for stage in done[before:]))
 
 
-def write(out: Path, started: str, done: list[dict[str, Any]]) -> None:
+def kept(out: Path, again: set[str], identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages of an earlier part in `out` that are not run again. Raises UserError where they are of another device
+    or commit: targets compare stages with each other."""
+    if not out.exists():
+        return []
+    try:
+        told = json.loads(out.read_text(encoding="utf-8"))
+        others = [stage for stage in told["stages"] if stage["name"] not in again]
+        earlier = {key: told[key] for key in identity}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out} is not of gpu_check.sh ({error!r}); name another file with --out") from None
+    differing = [f"{key} {earlier[key]}, here {identity[key]}" for key in identity if earlier[key] != identity[key]]
+    if others and differing:
+        raise UserError(f"{out} is of {'; '.join(differing)}: name another file with --out, or run all stages")
+    return others
+
+
+def write(out: Path, identity: dict[str, Any], done: list[dict[str, Any]]) -> None:
     facts = next((stage["results"][FACTS] for stage in done if FACTS in stage["results"]), None)
-    result = {"format": 1, "started": started, "environment": facts, "stages": done, "targets": targets(done)}
+    result = {"format": 1, **identity, "environment": facts, "stages": done, "targets": targets(done)}
     text = json.dumps(result, indent=1) + "\n"
     write_atomically(out, lambda file: file.write(text.encode()))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The stages of gpu_check.sh.")
+    parser = command.Parser(description="The stages of gpu_check.sh.")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default docs/measurements/gpu_check_GPU.json")
-    out = parser.parse_args().out
-    name = re.sub(r"\W+", "_", get_device("cuda").name).strip("_").lower()
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="run these; FILE keeps what it has of others")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
-        place = out or ROOT / "docs" / "measurements" / f"gpu_check_{name}.json"
-        return check(stages(Path(scratch)), Path(scratch), place)
+        todo = stages(Path(scratch))
+        if args.stages:
+            todo = chosen(todo, args.stages)
+        identity = {"device": get_device("cuda").name, "commit": environment.commit()["commit"]}
+        name = re.sub(r"\W+", "_", identity["device"]).strip("_").lower()
+        place = args.out or ROOT / "docs" / "measurements" / f"gpu_check_{name}.json"
+        return check(todo, Path(scratch), place, identity)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

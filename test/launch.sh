@@ -46,7 +46,7 @@ done
 for number in "$nnodes" "$node_rank" "$master_port"; do
     [[ "$number" =~ ^[0-9]+$ ]] || fail "--nnodes, --node_rank and --master_port must be numbers, not $number"
 done
-find_python || fail "no Python with the dependencies found; activate an environment with them, or run bash test/quickstart.sh once"
+find_python || fail "no Python with the dependencies found ($LACKING); activate an environment with them, or run bash test/quickstart.sh once"
 
 if [ "$device" = npu ] || { [ "$device" = auto ] && command -v npu-smi >/dev/null; }; then
     source "$ROOT/test/env_npu.sh"

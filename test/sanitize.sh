@@ -4,7 +4,7 @@
 # shellcheck disable=SC1091
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-find_python || fail "no interpreter with the project's dependencies; run test/run_tests.sh first"
+find_python pytest hypothesis || fail "no interpreter with the project's dependencies ($LACKING); run test/run_tests.sh first"
 copy="$(mktemp -d)"
 trap 'rm -rf "$copy"' EXIT
 cp -r "$ROOT"/{csrc,maskrcnn_benchmark,test,setup.py,pyproject.toml} "$copy"

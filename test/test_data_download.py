@@ -330,6 +330,7 @@ def test_a_header_with_an_impossible_length(tmp_path):
             info = tarfile.TarInfo(name)
             info.type, info.size = type_, len(content)
             archive.addfile(info, io.BytesIO(content))
-    with pytest.raises(DataError, match=r"a\.tar cannot be unpacked"):
+    # Python 3.13 sees the length already when it asks whether this is an archive
+    with pytest.raises(DataError, match=r"a\.tar (cannot be unpacked|is neither a zip nor a tar)"):
         unpack(tmp_path / "a.tar", tmp_path / "out")
     assert everything_in(tmp_path / "out") == []

@@ -119,16 +119,48 @@ def test_an_unknown_mode_is_an_error():
     assert "ConfigError: MASKRCNN_KERNELS='fast' is not known" in run_nms("fast").stderr
 
 
-@pytest.mark.parametrize("required", ["0", "1"])
-def test_a_build_without_a_compiler_warns_or_where_kernels_are_required_stops(tmp_path, required):
+@pytest.fixture
+def build(tmp_path):
+    """`build(KEY=value)`: setup.py on a copy of the sources, where there is no compiler, with this environment."""
     (tmp_path / "maskrcnn_benchmark").mkdir()
     shutil.copy(ROOT / "maskrcnn_benchmark" / "__init__.py", tmp_path / "maskrcnn_benchmark")
     shutil.copy(ROOT / "setup.py", tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    environment = {"CXX": "/no/compiler", "CC": "/no/compiler", "PATH": "/no", "MASKRCNN_REQUIRE_EXT": required}
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+
+    def call(**environment: str) -> subprocess.CompletedProcess:
+        environment = {"CXX": "/no/compiler", "CC": "/no/compiler", "PATH": "/no", **environment}
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+
+    return call
+
+
+@pytest.mark.parametrize("required", ["0", "1"])
+def test_a_build_without_a_compiler_warns_or_where_kernels_are_required_stops(build, required):
+    result = build(MASKRCNN_REQUIRE_EXT=required)
     assert (result.returncode == 0) == (required == "0"), result.stderr
-    lines = [line for line in result.stderr.splitlines() if "maskrcnn_benchmark: " in line]
+    lines = [line for line in result.stderr.splitlines() if "compiled kernels" in line]
     assert len(lines) == 1
     assert lines[0].startswith("error: " if required == "1" else "warning: ")
+
+
+@pytest.mark.parametrize("forced", ["0", "1"])
+def test_a_toolkit_of_another_cuda_is_told_and_where_cuda_is_forced_stops_the_build(build, tmp_path, forced):
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 1.0, V1.0.0'\n")
+    nvcc.chmod(0o755)
+    result = build(FORCE_CUDA=forced, CUDA_HOME=str(tmp_path / "toolkit"))
+    assert (result.returncode == 0) == (forced == "0"), result.stderr
+    lines = [line for line in result.stderr.splitlines() if "torch is " in line]
+    if torch.version.cuda is None:
+        wanted = [
+            "error: maskrcnn_benchmark: FORCE_CUDA=1, but torch is a build without CUDA; install a CUDA build of torch"
+        ]
+        assert lines == (wanted if forced == "1" else [])
+    else:
+        (line,) = lines
+        told = "FORCE_CUDA=1, but" if forced == "1" else "no CUDA kernels:"
+        start = f"{'error' if forced == '1' else 'warning'}: maskrcnn_benchmark: {told} "
+        assert line.startswith(f"{start}torch is built for CUDA {torch.version.cuda}, and the toolkit at ")
+        assert "/toolkit is 1.0; set CUDA_HOME" in line

@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import venv
@@ -266,8 +265,8 @@ def _environment(directory: Path) -> Path:
     python = directory / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         venv.create(directory, with_pip=False, symlinks=os.name != "nt")
-        paths = {name: str(directory) for name in ("base", "platbase")}
-        packages = Path(sysconfig.get_path("purelib", scheme="venv", vars=paths))
+        # Asked of the environment itself: sysconfig's scheme "venv" is Python 3.11's
+        packages = Path(_command([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], directory))
         shared = dict.fromkeys(path for path in sys.path if Path(path).name in ("site-packages", "dist-packages"))
         (packages / "shared.pth").write_text("\n".join(shared) + "\n", encoding="utf-8")
     return python

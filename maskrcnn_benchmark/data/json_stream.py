@@ -113,7 +113,7 @@ class _Window:
 
     def _object(self) -> dict[str, Any] | None:
         """The object here by orjson, three times as fast, if it holds no more than one other object (an RLE) and
-        nothing that orjson refuses: NaN, lone surrogates."""
+        nothing that orjson refuses: NaN, lone surrogates. Integers of more than 64 bits become floats."""
         end = self.at
         for _ in range(2):
             end = self.text.find("}", end) + 1

@@ -126,7 +126,8 @@ class Linear(nn.Linear):
 
 def with_relu(layer: nn.Module, x: Tensor) -> Tensor:
     """`relu(layer(x))`, in one pass over the output where the layer can."""
-    return layer(x, relu=True) if isinstance(layer, Conv2d | Linear) else F.relu_(layer(x))
+    # A tuple: torch 2.8 does not compile `Conv2d | Linear`
+    return layer(x, relu=True) if isinstance(layer, (Conv2d, Linear)) else F.relu_(layer(x))
 
 
 class DeformConv2d(nn.Module):
