@@ -37,6 +37,25 @@ using at::Tensor;
 template <typename T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// A device's kernels of one source file, for extension.cpp to register.
+struct Kernels {
+  c10::DispatchKey key;
+  void (*add)(torch::Library&);
+};
+
+inline std::vector<Kernels>& all_kernels() {
+  static std::vector<Kernels> kernels;
+  return kernels;
+}
+
+// What a source file ends in: `KERNELS(CPU, m) { m.impl("nms", TORCH_FN(nms)); }`. Not TORCH_LIBRARY_IMPL, which
+// registers while the library is loaded: where a schema has changed since it was built, that ends the process.
+#define KERNELS(device, library)                                                                               \
+  static void add_kernels(torch::Library&);                                                                    \
+  [[maybe_unused]] static const bool kListed =                                                                 \
+      (::maskrcnn_benchmark::all_kernels().push_back({c10::DispatchKey::device, add_kernels}), true);          \
+  static void add_kernels(torch::Library& library)
+
 // Asks for pages of 2 MB under a large new result that all threads fill from the start. A fresh 180 MB gradient costs
 // 45,000 faults of 4 kB pages, half of RoIAlign's backward (33 and 62 ms); where the kernel does not grant them nothing
 // changes. Not for blocks below 32 MB, which device/cpu.py lets glibc keep, nor for pooled boxes, where it took twice

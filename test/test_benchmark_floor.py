@@ -223,9 +223,7 @@ def test_the_kernels_that_a_cuda_build_has():
     """A constant, for a build without CUDA knows of none."""
     registered = set()
     for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
-        for block in re.findall(
-            r"TORCH_LIBRARY_IMPL\(maskrcnn_benchmark, CUDA, m\) \{(.*?)\n\}", source.read_text(), re.S
-        ):
+        for block in re.findall(r"KERNELS\(CUDA, m\) \{(.*?)\n\}", source.read_text(), re.S):
             registered |= set(re.findall(r'm\.impl\("(\w+)"', block))
     assert registered == traffic.KERNELS["cuda"]
 

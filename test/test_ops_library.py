@@ -115,6 +115,21 @@ def test_a_broken_extension_is_a_warning_or_in_native_mode_an_error(without_exte
     assert "DeviceError: the compiled kernels" in result.stderr
 
 
+@needs_extension
+def test_kernels_of_other_sources_are_a_warning_or_in_native_mode_an_error(without_extension):
+    """As after an update without a build: an operator has another schema. None of them stays registered."""
+    package = without_extension / "maskrcnn_benchmark"
+    shutil.copy(EXTENSION, package)
+    source = package / "ops" / "soft_nms.py"
+    source.write_text(source.read_text().replace("soft_nms(Tensor boxes,", "soft_nms(Tensor further, Tensor boxes,", 1))
+    result = run_nms("auto", without_extension)
+    assert result.stdout.split() == ["composite", "[0]", "[0]"], result.stderr
+    message = "doesn't match the expected function schema. operator: maskrcnn_benchmark::soft_nms"
+    assert result.stderr.count(message) == 1 and "rebuild them: pip install" in result.stderr
+    result = run_nms("native", without_extension)
+    assert result.returncode == 1 and message in result.stderr.splitlines()[-1]
+
+
 def test_an_unknown_mode_is_an_error():
     assert "ConfigError: MASKRCNN_KERNELS='fast' is not known" in run_nms("fast").stderr
 

@@ -491,7 +491,7 @@ std::tuple<Tensor, Tensor> conv3x3_weight_gradient(const Tensor& grad, const Ten
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+KERNELS(CPU, m) {
   if (__builtin_cpu_supports("avx512bf16")) {
     m.impl("conv3x3", TORCH_FN(conv3x3));
     m.impl("conv3x3_input_gradient", TORCH_FN(conv3x3_input_gradient));

@@ -414,7 +414,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+KERNELS(CPU, m) {
   m.impl("deform_conv2d", TORCH_FN(deform_conv2d));
   m.impl("deform_conv2d_backward", TORCH_FN(deform_conv2d_backward));
 }

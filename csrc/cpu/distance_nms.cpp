@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor> distance_nms(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+KERNELS(CPU, m) {
   m.impl("distance_nms", TORCH_FN(distance_nms));
 }
 

@@ -57,7 +57,7 @@ void epilogue_(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+KERNELS(CPU, m) {
   m.impl("epilogue_", TORCH_FN(epilogue_));
 }
 

@@ -205,7 +205,7 @@ Tensor sigmoid_focal_loss_backward(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+KERNELS(CPU, m) {
   m.impl("sigmoid_focal_loss", TORCH_FN(sigmoid_focal_loss));
   m.impl("sigmoid_focal_loss_backward", TORCH_FN(sigmoid_focal_loss_backward));
 }

@@ -356,7 +356,7 @@ std::tuple<Tensor, Tensor> paste_masks_rle(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+KERNELS(CPU, m) {
   m.impl("polygon_targets", TORCH_FN(polygon_targets));
   m.impl("paste_masks_rle", TORCH_FN(paste_masks_rle));
 }

@@ -264,7 +264,7 @@ std::tuple<Tensor, Tensor> nms(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+KERNELS(CPU, m) {
   m.impl("nms", TORCH_FN(nms));
 }
 

@@ -278,7 +278,7 @@ std::tuple<Tensor, Tensor> pointwise_weight_gradient(const Tensor& grad, const T
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+KERNELS(CPU, m) {
   if (__builtin_cpu_supports("avx512bf16") && lacks_amx()) {
     m.impl("pointwise", TORCH_FN(pointwise));
     m.impl("pointwise_input_gradient", TORCH_FN(pointwise_input_gradient));

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> proposals(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+KERNELS(CPU, m) {
   m.impl("proposals", TORCH_FN(proposals));
 }
 

@@ -110,7 +110,7 @@ Tensor rle_areas(const Tensor& text, const Tensor& offsets, const Tensor& pixels
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+KERNELS(CPU, m) {
   m.impl("compress_rle", TORCH_FN(compress_rle));
   m.impl("rle_areas", TORCH_FN(rle_areas));
 }

@@ -583,7 +583,7 @@ std::vector<Tensor> roi_align_backward(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+KERNELS(CPU, m) {
   m.impl("roi_align", TORCH_FN(roi_align));
   m.impl("roi_align_backward", TORCH_FN(roi_align_backward));
 }

@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, m) {
+KERNELS(CPU, m) {
   m.impl("soft_nms", TORCH_FN(soft_nms));
 }
 

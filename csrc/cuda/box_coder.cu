@@ -187,7 +187,7 @@ Tensor box_decode_backward(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CUDA, m) {
+KERNELS(CUDA, m) {
   m.impl("box_encode", TORCH_FN(box_encode));
   m.impl("box_decode", TORCH_FN(box_decode));
   m.impl("box_decode_backward", TORCH_FN(box_decode_backward));

@@ -360,7 +360,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CUDA, m) {
+KERNELS(CUDA, m) {
   m.impl("deform_conv2d", TORCH_FN(deform_conv2d));
   m.impl("deform_conv2d_backward", TORCH_FN(deform_conv2d_backward));
 }

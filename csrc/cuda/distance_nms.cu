@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> distance_nms(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CUDA, m) {
+KERNELS(CUDA, m) {
   m.impl("distance_nms", TORCH_FN(distance_nms));
 }
 

@@ -75,7 +75,7 @@ void epilogue_(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CUDA, m) {
+KERNELS(CUDA, m) {
   m.impl("epilogue_", TORCH_FN(epilogue_));
 }
 

@@ -133,7 +133,7 @@ Tensor sigmoid_focal_loss_backward(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CUDA, m) {
+KERNELS(CUDA, m) {
   m.impl("sigmoid_focal_loss", TORCH_FN(sigmoid_focal_loss));
   m.impl("sigmoid_focal_loss_backward", TORCH_FN(sigmoid_focal_loss_backward));
 }

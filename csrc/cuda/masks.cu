@@ -364,7 +364,7 @@ std::tuple<Tensor, Tensor> paste_masks_rle(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CUDA, m) {
+KERNELS(CUDA, m) {
   m.impl("polygon_targets", TORCH_FN(polygon_targets));
   m.impl("paste_masks_rle", TORCH_FN(paste_masks_rle));
 }

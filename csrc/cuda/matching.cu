@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor> match(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CUDA, m) {
+KERNELS(CUDA, m) {
   m.impl("match", TORCH_FN(match));
 }
 

@@ -330,7 +330,7 @@ std::tuple<Tensor, Tensor> nms(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CUDA, m) {
+KERNELS(CUDA, m) {
   m.impl("nms", TORCH_FN(nms));
 }
 

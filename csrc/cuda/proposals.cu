@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> proposals(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CUDA, m) {
+KERNELS(CUDA, m) {
   m.impl("proposals", TORCH_FN(proposals));
 }
 

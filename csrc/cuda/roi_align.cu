@@ -585,7 +585,7 @@ std::vector<Tensor> roi_align_backward(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CUDA, m) {
+KERNELS(CUDA, m) {
   m.impl("roi_align", TORCH_FN(roi_align));
   m.impl("roi_align_backward", TORCH_FN(roi_align_backward));
 }

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CUDA, m) {
+KERNELS(CUDA, m) {
   m.impl("soft_nms", TORCH_FN(soft_nms));
 }
 

@@ -43,8 +43,8 @@ _assumed: Collection[str] | None = None
 def load_extension() -> None:
     """Load the compiled kernels, if there are any and `MASKRCNN_KERNELS` does not forbid it.
 
-    A missing extension is fine: composites serve. One that is there but cannot be loaded (built for another torch)
-    is a warning in mode `auto` and a DeviceError in mode `native`.
+    A missing extension is fine: composites serve. One that is there but cannot be loaded (built for another torch, or
+    from other sources) is a warning in mode `auto` and a DeviceError in mode `native`.
     """
     if _MODE == "composite":
         return
@@ -53,8 +53,9 @@ def load_extension() -> None:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == _EXTENSION:
             return
+        reason = " ".join(str(error).split())
         message = (
-            f"the compiled kernels {_EXTENSION} do not load with torch {torch.__version__} ({error}); "
+            f"the compiled kernels {_EXTENSION} do not load with torch {torch.__version__} ({reason}); "
             f"rebuild them: {_REBUILD}"
         )
         if _MODE == "native":

@@ -2,7 +2,7 @@
 //
 //   g++ -x c++ -include test/cuda_emulator/emulator.h -I test/cuda_emulator ... csrc/cuda/nms.cu
 //
-// compiles the very sources that nvcc compiles. Their TORCH_LIBRARY_IMPL(..., CUDA, ...) registers for the CPU.
+// compiles the very sources that nvcc compiles. Their KERNELS(CUDA, ...) registers for the CPU.
 // Blocks run one after another, the threads of a block take turns: each is a fiber that runs until it has to wait for
 // others at a barrier or in a warp collective. CUDA_EMULATOR_ORDER = forward, reverse or random is the order in which
 // blocks and threads get their turns: a kernel that lacks a barrier, or counts on an order of blocks, does not give the
@@ -38,6 +38,8 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
+#undef KERNELS
+#define KERNELS(device, module) _TORCH_LIBRARY_IMPL(maskrcnn_benchmark, CPU, module, C10_UID)
 #undef TORCH_LIBRARY_IMPL
 #define TORCH_LIBRARY_IMPL(library, key, module) _TORCH_LIBRARY_IMPL(library, CPU, module, C10_UID)
 
