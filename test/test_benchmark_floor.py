@@ -14,7 +14,7 @@ from maskrcnn_benchmark.benchmark import flops, traffic
 from maskrcnn_benchmark.benchmark.roofline import Roof
 from maskrcnn_benchmark.benchmark.traffic import Step
 from maskrcnn_benchmark.config import get_config
-from maskrcnn_benchmark.device import get_device
+from maskrcnn_benchmark.device import cuda, get_device
 from maskrcnn_benchmark.errors import UserError
 from maskrcnn_benchmark.ops.library import assume_kernels
 from maskrcnn_benchmark.ops.roi_align import roi_align
@@ -225,7 +225,7 @@ def test_the_kernels_that_a_cuda_build_has():
     for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
         for block in re.findall(r"KERNELS\(CUDA, m\) \{(.*?)\n\}", source.read_text(), re.S):
             registered |= set(re.findall(r'm\.impl\("(\w+)"', block))
-    assert registered == traffic.KERNELS["cuda"]
+    assert registered == cuda.KERNELS
 
 
 def test_assumed_kernels_hold_only_inside():

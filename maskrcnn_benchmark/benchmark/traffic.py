@@ -45,39 +45,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 from yacs.config import CfgNode
 
-from ..device import Device
-from ..device.cuda import with_habits
+from ..device import ABSENT, Device
 from ..ops.library import assume_kernels
 from . import flops, sides
 from .roofline import Least, Roof, convolution_flop, least_time
 from .steps import DATA, Phases
 from .workload import check_positives
 
-# What csrc registers for a device
-KERNELS = {
-    "cuda": frozenset(
-        {
-            "box_encode",
-            "box_decode",
-            "box_decode_backward",
-            "deform_conv2d",
-            "deform_conv2d_backward",
-            "distance_nms",
-            "epilogue_",
-            "match",
-            "nms",
-            "paste_masks_rle",
-            "polygon_targets",
-            "proposals",
-            "roi_align",
-            "roi_align_backward",
-            "sigmoid_focal_loss",
-            "sigmoid_focal_loss_backward",
-            "soft_nms",
-        }
-    )
-}
-HABITS = {"cuda": with_habits}
 FLOP = {op: shape_wrapper(formula) for op, formula in flops.FORMULAS.items()} | flop_registry
 
 EMPTIES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -294,7 +268,7 @@ def _memory(tensor: Tensor) -> int:
 @dataclass(frozen=True)
 class Step:
     """kind: train or infer. size: height and width of the padded images. positives: RoIs an image in the mask head, in
-    training. kernels: a device's name in KERNELS, whose step is counted; empty: that of the given device."""
+    training. kernels: a device's name in ABSENT, whose step is counted; empty: that of the given device."""
 
     kind: str
     size: tuple[int, int]
@@ -314,13 +288,14 @@ def count(cfg: CfgNode, device: Device, step: Step) -> Counter[Kernel]:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.GRAPH_CAPTURE = False  # a captured step runs the same kernels
+    assumed = nullcontext()
     if step.kernels:
-        device = HABITS[step.kernels](torch.device("cpu"))
+        with_habits, kernels = ABSENT[step.kernels]
+        device, assumed = with_habits(torch.device("cpu")), assume_kernels(kernels)
     device = replace(device, compacts=False)
     model = sides.fresh_model(cfg, replace(device, torch_device=torch.device("meta")))
     flops.hold_positives(model, step.positives)
-    counted = Count({tuple(parameter.shape) for parameter in model.parameters()}, "cuda" in (step.kernels, device.type))
-    assumed = assume_kernels(KERNELS[step.kernels]) if step.kernels else nullcontext()
+    counted = Count({tuple(parameter.shape) for parameter in model.parameters()}, device.bias_apart)
     watched = torch.autograd.set_detect_anomaly(True, check_nan=False)  # keeps the lines for _where
     with FakeTensorMode(allow_non_fake_inputs=True), assumed, watched:
         _without_values(model, device.torch_device)

@@ -12,7 +12,7 @@ from ..errors import DeviceError
 from . import cpu, cuda, mps, npu, xpu
 from .base import Device
 
-__all__ = ["Device", "device_count", "get_device"]
+__all__ = ["ABSENT", "Device", "device_count", "get_device"]
 
 ENTRY_POINTS = "maskrcnn_benchmark.devices"
 # type -> (create(index | None) -> Device, count() -> how many there are, or None for no limit)
@@ -23,6 +23,9 @@ BUILT_IN: dict[str, tuple[Callable[[int | None], Device], Callable[[], int | Non
     "npu": (npu.create, npu.count),
     "xpu": (xpu.create, xpu.count),
 }
+
+# Devices whose steps can be counted where there is none: type -> (their habits on another torch device, their kernels)
+ABSENT: dict[str, tuple[Callable[[torch.device], Device], frozenset[str]]] = {"cuda": (cuda.with_habits, cuda.KERNELS)}
 
 
 def get_device(name: str = "auto") -> Device:

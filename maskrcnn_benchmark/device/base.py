@@ -42,6 +42,7 @@ class Device:
     mirrors_images: it mirrors training images itself, so that data workers need not.
     fused_optimizer: torch.optim's `fused=True` works on it.
     graph_type: the class of its module that records work as a graph; empty where it has none. See `graphs`.
+    bias_apart: torch adds a convolution's bias, and sums its gradient, in passes of their own (for counting them).
     gradient_views: its optimizers work on gradients that are views of the buffers which ranks exchange.
     optimizers: optimizers of the device's own, by SOLVER.OPTIMIZER's name; they replace torch's.
     """
@@ -56,6 +57,7 @@ class Device:
     mirrors_images: bool = False
     fused_optimizer: bool = False
     graph_type: str = ""
+    bias_apart: bool = False
     gradient_views: bool = True
     optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = field(default_factory=dict)
 

@@ -12,6 +12,28 @@ import torch
 from ..errors import DeviceError
 from .base import Device
 
+# What csrc/cuda registers
+KERNELS = frozenset(
+    {
+        "box_encode",
+        "box_decode",
+        "box_decode_backward",
+        "deform_conv2d",
+        "deform_conv2d_backward",
+        "distance_nms",
+        "epilogue_",
+        "match",
+        "nms",
+        "paste_masks_rle",
+        "polygon_targets",
+        "proposals",
+        "roi_align",
+        "roi_align_backward",
+        "sigmoid_focal_loss",
+        "sigmoid_focal_loss_backward",
+        "soft_nms",
+    }
+)
 logger = logging.getLogger(__name__)
 
 CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "driver_version")
@@ -77,6 +99,7 @@ def with_habits(torch_device: torch.device) -> CudaDevice:
         mirrors_images=True,
         fused_optimizer=True,
         graph_type="CUDAGraph",
+        bias_apart=True,
     )
 
 
