@@ -1,6 +1,5 @@
 """Suites and the gate, on a checkout whose benchmark is a stub: its speed is a number in a file."""
 
-import importlib.util
 import json
 import os
 import shlex
@@ -49,20 +48,12 @@ cases:
 """
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("benchmark_tool", ROOT / "tools" / "benchmark.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def call(tool, monkeypatch, capfd):
+def call(benchmark_tool, monkeypatch, capfd):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            command.run(tool.main)
+            command.run(benchmark_tool.main)
         return stop.value.code, *capfd.readouterr()
 
     return run
@@ -367,9 +358,9 @@ def test_a_suite_that_cannot_be_run(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "benchmark").glob("*.yaml")), ids=lambda path: path.name)
-def test_our_suites_are_read_and_their_arguments_parsed(tool, path, monkeypatch):
+def test_our_suites_are_read_and_their_arguments_parsed(benchmark_tool, path, monkeypatch):
     suite = suites.read(path)
     assert suite.description and suite.processes >= 6
     for case in suite.cases:
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *case, "--out", "new.json"])
-        assert tool.parse().function
+        assert benchmark_tool.parse().function

@@ -12,6 +12,8 @@ import torch
 from ..errors import DeviceError
 from .base import Device
 
+logger = logging.getLogger(__name__)
+
 # What csrc/cuda registers
 KERNELS = frozenset(
     {
@@ -34,8 +36,6 @@ KERNELS = frozenset(
         "soft_nms",
     }
 )
-logger = logging.getLogger(__name__)
-
 CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "driver_version")
 # The second is its name in drivers before 535
 THROTTLING = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
